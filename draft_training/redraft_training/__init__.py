@@ -1,1 +1,1 @@
-"""redraft."""
+"""Training of drafts: datasets from the traffic log, students, distillation, evaluation, publishing."""

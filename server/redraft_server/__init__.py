@@ -1,1 +1,1 @@
-"""redraft."""
+"""The redraft server: a gRPC edge and an engine that decodes speculatively."""

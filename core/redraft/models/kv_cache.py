@@ -1,0 +1,50 @@
+"""Key and value storage of one model, reserved up front and addressed by slot.
+
+Slot = block id * block_size + offset. The layout [kv_heads, slots, head_dim] per layer makes the context of a sequence
+a gather along one dimension, and a view where its slots are consecutive.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+
+class KVCache:
+    """One model's keys and values: `keys[layer]`, `values[layer]` are [kv_heads, num_slots, head_dim]."""
+
+    def __init__(
+        self, config: PretrainedConfig, num_slots: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        heads, head_dim = kv_shape(config)
+        shape = (config.num_hidden_layers, heads, num_slots, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys, values [kv_heads, tokens, head_dim] at slots [tokens]."""
+        self.keys[layer].index_copy_(1, slots, keys)
+        self.values[layer].index_copy_(1, slots, values)
+
+    def read(self, layer: int, context: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Keys and values [kv_heads, context, head_dim] of a context given as slots [context] or a slice of slots."""
+        if isinstance(context, slice):
+            return self.keys[layer][:, context], self.values[layer][:, context]
+        return self.keys[layer].index_select(1, context), self.values[layer].index_select(1, context)
+
+
+def kv_shape(config: PretrainedConfig) -> tuple[int, int]:
+    """(kv heads, head dim) of a decoder's configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, head_dim
+
+
+def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    heads, head_dim = kv_shape(config)
+    return int(2 * config.num_hidden_layers * heads * head_dim * torch.empty((), dtype=dtype).element_size())

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: logits to probabilities, acceptance rules, keyed randomness, divergences."""

@@ -1,0 +1,156 @@
+"""The two ways of tying a draft's token to the target's distribution, both lossless for any draft (docs/lossless.md).
+
+A verified sequence has k drafted tokens d_0..d_{k-1}, the q rows they were drawn from, and k + 1 target rows p_0..p_k.
+Both rules emit the longest accepted prefix plus one token of the target's own: *recovered* if a draft token was
+rejected, *bonus* if none was.
+
+- `accept_maximal`: rejection sampling (Leviathan et al. 2023, Chen et al. 2023). d_j is accepted with probability
+  min(1, p_j(d_j) / q_j(d_j)); a rejected one is replaced by a draw from max(p_j - q_j, 0), normalised. No coupling
+  accepts more often: the rate is the expected acceptance sum_v min(p_v, q_v).
+- `accept_invariant`: the exponential race (Daliri et al. 2024). Both models pick argmin_v E_v / prob_v with the same
+  E, so the emitted token is the target's own pick whatever the draft said: text does not depend on the draft at all.
+
+Rows of several sequences are flattened; `Layout` says which row belongs to whom. Randomness is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each sequence's rows lie among the flattened target rows.
+
+    Sequence b owns rows first_row[b] .. first_row[b] + num_drafts[b]; example: num_drafts (2, 0, 1) gives
+    first_row [0, 3, 4], num_rows 6, draft_rows [0, 1, 4] (the rows that test a drafted token).
+    """
+
+    num_drafts: tuple[int, ...]
+    first_row: Tensor  # [sequences] int64
+    draft_rows: Tensor  # [drafted tokens] int64
+    draft_grid: Tensor  # [sequences, max drafts] int64: index among drafted tokens, -1 where there is none
+
+    @classmethod
+    def of(cls, num_drafts: Sequence[int], device: torch.device | str = "cpu") -> Layout:
+        counts = torch.tensor(num_drafts, dtype=torch.int64)
+        first_row = (counts + 1).cumsum(0) - (counts + 1)
+        first_draft = counts.cumsum(0) - counts
+        column = torch.arange(max(num_drafts, default=0))
+        grid = first_draft.unsqueeze(1) + column
+        grid = torch.where(column < counts.unsqueeze(1), grid, -1)
+        owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        draft_rows = torch.arange(int(counts.sum())) + owner
+        return cls(tuple(num_drafts), first_row.to(device), draft_rows.to(device), grid.to(device))
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.num_drafts) + sum(self.num_drafts)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftedTokens:
+    """The drafted tokens of a step and the distributions they were drawn from.
+
+    `probs` has one row per token that a model proposed; a token proposed with certainty (n-gram lookup) has none:
+    its q is the one-hot row, stored as `prob_row` -1.
+    """
+
+    token_ids: Tensor  # [drafted tokens] int64
+    prob_row: Tensor  # [drafted tokens] int64, -1: one-hot
+    probs: Tensor  # [model-proposed tokens, vocab_size] float32
+
+    def probability_of_own_token(self) -> Tensor:
+        """q(d) per drafted token, [drafted tokens] float32."""
+        if not len(self.probs):
+            return torch.ones(len(self.token_ids), device=self.token_ids.device)
+        own = self.probs[self.prob_row.clamp(min=0), self.token_ids]
+        return torch.where(self.prob_row < 0, 1.0, own)
+
+    def subtract_from_(self, rows: Tensor, drafts: Tensor) -> None:
+        """rows[i] -= q of drafted token drafts[i], in place; rows [n, vocab_size], drafts [n] int64."""
+        certain = self.prob_row[drafts] < 0
+        index = torch.arange(len(drafts), device=rows.device)
+        rows[index[certain], self.token_ids[drafts[certain]]] -= 1.0
+        spread = index[~certain]
+        rows[spread] -= self.probs[self.prob_row[drafts[spread]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    num_accepted: Tensor  # [sequences] int64
+    final_token: Tensor  # [sequences] int64: the recovered or bonus token
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF draw: probs [rows, vocab_size] (need not be normalised), uniforms [rows] in (0, 1) -> ids [rows].
+
+    Never returns an id of probability 0: the cumulative sum is flat there and the search takes the first id above.
+    """
+    cumulative = probs.double().cumsum(dim=1)
+    target = (uniforms.double() * cumulative[:, -1]).unsqueeze(1)
+    found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    # u * total can round up to total itself: then the last id with any probability is meant
+    last = probs.shape[1] - 1 - (probs > 0).flip(1).int().argmax(dim=1)
+    return torch.minimum(found, last)
+
+
+def race(probs: Tensor, exponentials: Tensor) -> Tensor:
+    """argmin_v E_v / p_v: probs, exponentials [rows, vocab_size] -> ids [rows], distributed as probs."""
+    return (exponentials / probs).argmin(dim=1)
+
+
+def _leading(accepted: Tensor, layout: Layout) -> Tensor:
+    """Length of each sequence's accepted prefix: accepted [drafted tokens] bool -> [sequences] int64."""
+    padded = torch.cat([accepted, accepted.new_zeros(1)])  # the grid's -1 points at the padding
+    return padded[layout.draft_grid].int().cumprod(dim=1).sum(dim=1)
+
+
+def accept_maximal(
+    target: Tensor, drafted: DraftedTokens, layout: Layout, accept_uniforms: Tensor, recover_uniforms: Tensor
+) -> Verdict:
+    """Rejection sampling.
+
+    Args:
+        target: p, [layout.num_rows, vocab_size] float32, rows sum to 1.
+        accept_uniforms: [drafted tokens] in (0, 1).
+        recover_uniforms: [layout.num_rows] in (0, 1); a sequence uses that of the row its last token is drawn at.
+    """
+    target_own = target[layout.draft_rows, drafted.token_ids]
+    accepted = accept_uniforms * drafted.probability_of_own_token() < target_own
+    num_accepted = _leading(accepted, layout)
+    final_row = layout.first_row + num_accepted
+    residual = target[final_row]
+    rejected = torch.tensor(layout.num_drafts, device=target.device) > num_accepted
+    if bool(rejected.any()):
+        which = rejected.nonzero().flatten()
+        drafts = layout.draft_grid[which, num_accepted[which]]
+        rest = residual[which]
+        drafted.subtract_from_(rest, drafts)
+        rest.clamp_(min=0.0)
+        # p equal to q up to rounding: a rejection has probability ~1e-7 and p itself is the limit of the residual
+        empty = rest.sum(dim=1, keepdim=True) <= 0.0
+        residual[which] = torch.where(empty, residual[which], rest)
+    return Verdict(num_accepted, draw(residual, recover_uniforms[final_row]))
+
+
+def accept_invariant(target: Tensor, drafted: DraftedTokens, layout: Layout, exponentials: Tensor) -> Verdict:
+    """The race: target, exponentials [layout.num_rows, vocab_size]. What is emitted never depends on `drafted`."""
+    choice = race(target, exponentials)
+    accepted = choice[layout.draft_rows] == drafted.token_ids
+    num_accepted = _leading(accepted, layout)
+    return Verdict(num_accepted, choice[layout.first_row + num_accepted])
+
+
+def expected_acceptance(target: Tensor, drafted: DraftedTokens, layout: Layout) -> Tensor:
+    """sum_v min(p_v, q_v) at every tested row, [drafted tokens] float32 (= 1 - total variation distance)."""
+    rows = target[layout.draft_rows]
+    certain = rows.gather(1, drafted.token_ids.unsqueeze(1)).squeeze(1)
+    if not len(drafted.probs):
+        return certain
+    spread = torch.minimum(rows, drafted.probs[drafted.prob_row.clamp(min=0)]).sum(dim=1)
+    return torch.where(drafted.prob_row < 0, certain, spread)

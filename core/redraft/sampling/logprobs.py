@@ -1,0 +1,56 @@
+"""Log-probabilities under the target's raw logits, and the compressed rows kept for distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of an emitted (or prompt) token under the target's raw logits (before any processor)."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = most probable
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRow:
+    """The target's prediction at one position: its n largest logits and logsumexp over the whole vocabulary.
+
+    exp(logits - logsumexp) are exact probabilities of `ids`; what they leave of 1 is the mass of the tail.
+    """
+
+    ids: tuple[int, ...]
+    logits: tuple[float, ...]
+    logsumexp: float
+
+
+def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> tuple[TokenLogprob, ...]:
+    """Score token_ids[i] under logits[i], [tokens, vocab_size], with the `num_top` best alternatives."""
+    normaliser = logits.logsumexp(dim=1)
+    own = logits.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
+    ranks = ((logits > own).sum(dim=1) + 1).tolist()
+    scores = (own.squeeze(1) - normaliser).tolist()
+    best = logits.topk(num_top, dim=1)
+    top_ids = best.indices.tolist()
+    top_scores = (best.values - normaliser.unsqueeze(1)).tolist()
+    return tuple(
+        TokenLogprob(token, score, rank, tuple(zip(ids, values, strict=True)))
+        for token, score, rank, ids, values in zip(token_ids, scores, ranks, top_ids, top_scores, strict=True)
+    )
+
+
+def teacher_rows(logits: Tensor, num_top: int) -> tuple[TeacherRow, ...]:
+    """Compress logits [rows, vocab_size] to their `num_top` largest and the logsumexp."""
+    best = logits.topk(min(num_top, logits.shape[1]), dim=1)
+    return tuple(
+        TeacherRow(tuple(ids), tuple(values), total)
+        for ids, values, total in zip(
+            best.indices.tolist(), best.values.tolist(), logits.logsumexp(dim=1).tolist(), strict=True
+        )
+    )

@@ -1,0 +1,141 @@
+"""THE function from logits to probabilities. Draft, verification, training and evaluation all call it.
+
+Order, for one row: repetition penalty, presence and frequency penalties, logit bias, bans, temperature, top-k, top-p
+(of what top-k left), min-p, renormalise. Temperature 0 gives the one-hot row at the arg max after the bans. Cut-offs
+are by value, so tokens tied with the last one kept are kept too and the result does not depend on a sort's order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from redraft.sampling.params import SamplingParams
+
+_FIRST_TOP = 512  # candidates looked at before a nucleus needs the whole vocabulary sorted
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What one row of logits is processed with.
+
+    `prompt_ids` and `output_ids` are the tokens before the row's position (drafted ones included); they are read only
+    if the parameters have penalties. `banned_ids` get probability 0 (end-of-text before `min_new_tokens`).
+    """
+
+    params: SamplingParams
+    prompt_ids: Sequence[int] = ()
+    output_ids: Sequence[int] = ()
+    banned_ids: tuple[int, ...] = ()
+
+
+def probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Distributions the tokens are drawn from.
+
+    Args:
+        logits: [rows, vocab_size], any float dtype; not changed.
+        rows: one description per row.
+
+    Returns:
+        [rows, vocab_size] float32, each row sums to 1.
+    """
+    assert logits.shape[0] == len(rows)
+    scores = logits.float()
+    if any(row.banned_ids or row.params.logit_bias or row.params.has_penalties for row in rows):
+        scores = scores.clone() if scores is logits else scores
+        for position, row in enumerate(rows):
+            _adjust_row_(scores[position], row)
+    sampled = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    if len(sampled) == len(rows):
+        return _sampled_rows(scores, [row.params for row in rows])
+    result = torch.zeros_like(scores)
+    result.scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
+    if sampled:
+        index = torch.tensor(sampled, device=scores.device)
+        result[index] = _sampled_rows(scores[index], [rows[i].params for i in sampled])
+    return result
+
+
+def _adjust_row_(scores: Tensor, row: SamplingRow) -> None:
+    """Penalties, bias and bans of one row, in place on scores [vocab_size]."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = _ids(set(row.prompt_ids) | set(row.output_ids), scores)
+        values = scores[seen]
+        scores[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+        counts = Counter(row.output_ids)
+        amounts = torch.tensor(list(counts.values()), dtype=torch.float32, device=scores.device)
+        scores[_ids(counts, scores)] -= params.presence_penalty + params.frequency_penalty * amounts
+    if params.logit_bias:
+        biases = torch.tensor([bias for _, bias in params.logit_bias], device=scores.device)
+        scores.index_add_(0, _ids([token for token, _ in params.logit_bias], scores), biases)
+    if row.banned_ids:
+        scores[_ids(row.banned_ids, scores)] = -torch.inf
+
+
+def _ids(ids: Sequence[int] | set[int] | Counter[int] | tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(list(ids), dtype=torch.int64, device=like.device)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
+
+
+def _sampled_rows(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Temperature and truncation for rows with temperature > 0: scores [rows, vocab] -> probabilities."""
+    # with the maximum at 0 no temperature overflows; below 1e-30 float32 itself would make 0 / 0
+    scores = scores - scores.max(dim=1, keepdim=True).values
+    probs = torch.softmax(scores / _column([max(p.temperature, 1e-30) for p in params], scores), dim=1)
+    truncated = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1.0 or p.min_p > 0.0]
+    if not truncated:
+        return probs
+    if len(truncated) == len(params):
+        return _truncate(probs, params)
+    index = torch.tensor(truncated, device=probs.device)
+    probs[index] = _truncate(probs[index], [params[i] for i in truncated])
+    return probs
+
+
+def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Zero what top-k, top-p and min-p cut, and renormalise. probs [rows, vocab], each row sums to 1."""
+    vocab_size = probs.shape[1]
+    width = min(vocab_size, max(_FIRST_TOP, max(p.top_k for p in params)))
+    floor = _cutoffs(probs.topk(width, dim=1).values, params, vocab_size)
+    unresolved = torch.isnan(floor).nonzero().flatten()
+    if len(unresolved):
+        rows = [params[i] for i in unresolved.tolist()]
+        ranked = probs[unresolved].sort(dim=1, descending=True).values
+        floor[unresolved] = _cutoffs(ranked, rows, vocab_size)
+    probs = torch.where(probs >= floor.unsqueeze(1), probs, 0.0)
+    return probs / probs.sum(dim=1, keepdim=True)
+
+
+def _cutoffs(ranked: Tensor, params: Sequence[SamplingParams], vocab_size: int) -> Tensor:
+    """Smallest probability kept, per row [rows]; NaN where the nucleus reaches beyond the columns given.
+
+    `ranked` [rows, width]: the `width` largest probabilities, descending.
+    """
+    width = ranked.shape[1]
+    top_k = torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=ranked.device)
+    top_p = _column([p.top_p for p in params], ranked).double()
+    column = torch.arange(width, device=ranked.device)
+    in_top_k = column < top_k.unsqueeze(1)
+    mass = torch.where(in_top_k, ranked, 0.0).double().cumsum(dim=1)
+    # without top-k the whole row counts, also the part of it beyond `width`
+    total = torch.where(top_k.unsqueeze(1) <= width, mass[:, -1:], 1.0)
+    enough = mass >= top_p * total
+    last = torch.where(enough.any(dim=1), enough.int().argmax(dim=1), width - 1)
+    last = torch.minimum(last, top_k.clamp(max=width) - 1)
+    nucleus = ranked.gather(1, last.unsqueeze(1)).squeeze(1)
+    if width < vocab_size:
+        beyond = ~enough.any(dim=1) & (top_k > width) & (top_p.squeeze(1) < 1.0)
+        nucleus = torch.where(beyond, torch.nan, nucleus)
+    # no top-k and no top-p: nothing is cut by rank
+    unlimited = (top_k >= vocab_size) & (top_p.squeeze(1) >= 1.0)
+    nucleus = torch.where(unlimited, 0.0, nucleus)
+    return torch.maximum(nucleus, ranked[:, 0] * _column([p.min_p for p in params], ranked).squeeze(1))

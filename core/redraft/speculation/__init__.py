@@ -1,0 +1,1 @@
+"""Proposers, verification, the speculative step and the length controller."""

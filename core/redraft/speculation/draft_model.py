@@ -1,0 +1,148 @@
+"""A small language model that drafts, one token a forward pass, for all sequences at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from redraft.models.runner import Chunk, ModelRunner
+from redraft.sampling.coupling import draw, race
+from redraft.sampling.params import Coupling
+from redraft.sampling.processors import probabilities
+from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, uniforms
+from redraft.speculation.length import LengthController
+from redraft.speculation.proposer import NOTHING, Proposal, SequenceProposal, nothing_proposed
+from redraft.speculation.state import SequenceState
+
+
+class DraftModelProposer:
+    """Drafts with a model of its own KV, addressed by the sequences' shared block tables.
+
+    The draft's KV is filled when it is needed, never on a schedule of its own: whatever is missing before a proposal
+    (a prompt, a prefix whose draft half was lost, the tokens of a time without speculation, everything after a swap)
+    is caught up in one ragged pass, at most `max_catch_up` tokens a step so that no step grows long.
+
+    Args:
+        runner: the draft.
+        version: goes into every proposal.
+        epoch: changes with every draft put into service; KV of another epoch counts as missing.
+        length: chooses how many tokens to draft; None: as many as allowed.
+    """
+
+    name = "draft_model"
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        version: str,
+        epoch: int = 0,
+        max_catch_up: int = 512,
+        length: LengthController | None = None,
+    ) -> None:
+        self.runner = runner
+        self.version = version
+        self.epoch = epoch
+        self.max_catch_up = max_catch_up
+        self.length = length
+
+    def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
+        if self.length is not None:
+            limits = self.length.choose(states, limits)
+        ready = self._catch_up(states, limits)
+        if not ready:
+            return nothing_proposed(len(states), self.runner.vocab_size, self.runner.device)
+        # longest first: at every depth the sequences still drafting are a prefix of the list
+        ready.sort(key=lambda index: -limits[index])
+        active = [states[index] for index in ready]
+        depth = [limits[index] for index in ready]
+        drafted: list[list[int]] = [[] for _ in active]
+        rows: list[list[int]] = [[] for _ in active]
+        probs: list[Tensor] = []
+        num_rows = 0
+        logits = self._ingest_pending(active)
+        while True:
+            q = probabilities(logits, [s.sampling_row(d) for s, d in zip(active, drafted, strict=False)])
+            tokens = _sample(q, active, [len(d) for d in drafted[: len(active)]])
+            for index, token in enumerate(tokens.tolist()):
+                drafted[index].append(token)
+                rows[index].append(num_rows + index)
+            probs.append(q)
+            num_rows += len(active)
+            active = [s for s, d, limit in zip(active, drafted, depth, strict=False) if len(d) < limit]
+            if not active:
+                break
+            logits = self._forward(
+                [
+                    Chunk(d[-1:], len(s.token_ids) + len(d) - 1, s.block_ids)
+                    for s, d in zip(active, drafted, strict=False)
+                ]
+            )
+        result = [NOTHING] * len(states)
+        for index, tokens_of, rows_of in zip(ready, drafted, rows, strict=True):
+            result[index] = SequenceProposal(tuple(tokens_of), tuple(rows_of), self.name, self.version)
+        return Proposal(tuple(result), torch.cat(probs))
+
+    def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
+        """Keep the draft's KV of what was accepted. The last drafted token was never run through the draft."""
+        state.num_draft_computed = len(state.token_ids) + min(num_accepted, len(proposal.token_ids) - 1)
+        if self.length is not None:
+            self.length.observe(state, num_accepted, len(proposal.token_ids))
+
+    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        started = time.perf_counter()
+        logits = self.runner.forward(chunks)
+        if self.length is not None and self.length.draft_cost is not None:
+            self.length.draft_cost.observe(len(chunks), time.perf_counter() - started)
+        return logits
+
+    def _catch_up(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
+        """Indices of the sequences that can draft in this step; ingests part of what others lack."""
+        ready: list[int] = []
+        chunks: list[Chunk] = []
+        budget = self.max_catch_up
+        for index, (state, limit) in enumerate(zip(states, limits, strict=True)):
+            if limit <= 0:
+                continue
+            if state.draft_epoch != self.epoch:
+                state.num_draft_computed, state.draft_epoch = 0, self.epoch
+            missing = len(state.token_ids) - state.num_draft_computed
+            if missing <= budget:
+                ready.append(index)
+                budget -= missing
+                continue
+            if budget > 0:
+                start = state.num_draft_computed
+                chunks.append(Chunk(state.token_ids[start : start + budget], start, state.block_ids, 0))
+                state.num_draft_computed += budget
+                budget = 0
+        if chunks:
+            self.runner.forward(chunks)
+        return ready
+
+    def _ingest_pending(self, states: Sequence[SequenceState]) -> Tensor:
+        """Run every token the draft has not seen; logits after the last one, [sequences, vocab_size]."""
+        logits = self.runner.forward(
+            [Chunk(s.token_ids[s.num_draft_computed :], s.num_draft_computed, s.block_ids) for s in states]
+        )
+        for state in states:
+            state.num_draft_computed = len(state.token_ids)
+        return logits
+
+
+def _sample(q: Tensor, states: Sequence[SequenceState], drafted: Sequence[int]) -> Tensor:
+    """Draw one token per row of q [sequences, vocab_size], each by its sequence's coupling -> [sequences]."""
+    keys = as_key_tensor([state.key for state in states], q.device)
+    positions = torch.tensor(
+        [state.num_output_tokens + depth for state, depth in zip(states, drafted, strict=True)],
+        device=q.device,
+    )
+    tokens = draw(q, uniforms(keys, positions, Purpose.DRAFT))
+    racing = [i for i, s in enumerate(states) if s.coupling is Coupling.DRAFTER_INVARIANT and not s.params.is_greedy]
+    if racing:
+        index = torch.tensor(racing, device=q.device)
+        tokens[index] = race(q[index], exponentials(keys[index], positions[index], q.shape[1]))
+    return tokens

@@ -1,0 +1,44 @@
+"""Several proposers in order of preference: whoever has something to say about a sequence speaks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, Proposer, SequenceProposal
+from redraft.speculation.state import SequenceState
+
+
+class FallbackProposer:
+    """Asks the first proposer for every sequence, the next for those that got nothing, and so on."""
+
+    def __init__(self, proposers: Sequence[Proposer]) -> None:
+        self.proposers = {proposer.name: proposer for proposer in proposers}
+        self.name = "+".join(self.proposers)
+
+    def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
+        chosen = [NOTHING] * len(states)
+        probs: list[torch.Tensor] = []
+        num_rows = 0
+        open_indices = [index for index, limit in enumerate(limits) if limit > 0]
+        for proposer in self.proposers.values():
+            if not open_indices:
+                break
+            part = proposer.propose([states[i] for i in open_indices], [limits[i] for i in open_indices])
+            for index, proposal in zip(open_indices, part.sequences, strict=True):
+                if proposal.token_ids:
+                    chosen[index] = _shift(proposal, num_rows)
+            probs.append(part.probs)
+            num_rows += len(part.probs)
+            open_indices = [index for index in open_indices if not chosen[index].token_ids]
+        return Proposal(tuple(chosen), torch.cat(probs)) if probs else Proposal(tuple(chosen), torch.empty(0, 0))
+
+    def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
+        self.proposers[proposal.proposer].settle(state, num_accepted, proposal)
+
+
+def _shift(proposal: SequenceProposal, offset: int) -> SequenceProposal:
+    """The same proposal with its rows moved by `offset`."""
+    rows = tuple(row if row == CERTAIN else row + offset for row in proposal.prob_rows)
+    return SequenceProposal(proposal.token_ids, rows, proposal.proposer, proposal.draft_version)

@@ -1,0 +1,67 @@
+"""What a proposer promises: tokens, and the q each of them was drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from redraft.sampling.coupling import DraftedTokens
+from redraft.speculation.state import SequenceState
+
+CERTAIN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceProposal:
+    """Drafted tokens of one sequence.
+
+    `prob_rows[j]` is the row of `Proposal.probs` that token j was drawn from, or CERTAIN where q is one-hot.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    prob_rows: tuple[int, ...] = ()
+    proposer: str = ""
+    draft_version: str = ""
+
+
+NOTHING = SequenceProposal()
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    sequences: tuple[SequenceProposal, ...]
+    probs: Tensor  # [model-proposed tokens, vocab_size] float32
+
+    def drafted_tokens(self, order: Sequence[int]) -> DraftedTokens:
+        """The tokens of the sequences listed in `order`, flattened for the couplings."""
+        tokens = [token for index in order for token in self.sequences[index].token_ids]
+        rows = [row for index in order for row in self.sequences[index].prob_rows]
+        device = self.probs.device
+        return DraftedTokens(
+            torch.tensor(tokens, dtype=torch.int64, device=device),
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            self.probs,
+        )
+
+
+def nothing_proposed(count: int, vocab_size: int, device: torch.device | str = "cpu") -> Proposal:
+    return Proposal((NOTHING,) * count, torch.empty(0, vocab_size, device=device))
+
+
+class Proposer(Protocol):
+    """Any source of drafted tokens. Losslessness never depends on it, only speed does."""
+
+    name: str
+
+    def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
+        """Draft at most limits[i] tokens to follow states[i].token_ids; fewer, also none, is always allowed.
+
+        `block_ids` of every state covers len(token_ids) + limits[i] positions.
+        """
+
+    def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
+        """Called after verification, before the accepted tokens are appended to the state."""

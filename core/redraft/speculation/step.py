@@ -1,0 +1,205 @@
+"""One step of decoding for a batch of sequences: propose -> verify -> accept -> settle.
+
+The same function serves, and evaluates a draft offline. With nothing proposed it is plain decoding; with pending
+prompt tokens it is (chunked) prefill; there is no other path.
+
+Worked example, k = 3: a sequence holds tokens [.., t], KV of all but t. The draft proposes d0 d1 d2. The target runs
+t d0 d1 d2 and gives p0..p3. If d0 is accepted and d1 is not, d0 and a recovered token r (drawn at p1) are emitted;
+the sequence is [.., t, d0, r] with KV of all but r: the KV of d1 and d2 is overwritten when those positions come again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from redraft.models.runner import Chunk, ModelRunner
+from redraft.sampling.coupling import (
+    DraftedTokens,
+    Layout,
+    Verdict,
+    accept_invariant,
+    accept_maximal,
+    expected_acceptance,
+)
+from redraft.sampling.logprobs import TeacherRow, TokenLogprob, teacher_rows, token_logprobs
+from redraft.sampling.params import Coupling
+from redraft.sampling.processors import probabilities
+from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, uniforms
+from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, nothing_proposed
+from redraft.speculation.state import SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step shall do for one sequence.
+
+    Attributes:
+        num_tokens: pending tokens to run through the target now. If these are all that is pending, a token is
+            emitted; otherwise this is a chunk of a longer prefill.
+        max_draft: tokens to draft at most; 0 unless the step emits.
+        logprobs: None, or how many alternatives to report beside each emitted token.
+        prompt_logprobs: the same for prompt tokens computed in this step.
+        teacher_top_n: keep this many of the target's largest logits at every verified position; 0: none.
+    """
+
+    state: SequenceState
+    num_tokens: int
+    max_draft: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    teacher_top_n: int = 0
+
+    @property
+    def emits(self) -> bool:
+        return self.num_tokens == self.state.num_pending
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step did for one sequence. `emitted` is empty while a prefill goes on."""
+
+    emitted: tuple[int, ...] = ()
+    proposal: SequenceProposal = NOTHING
+    num_accepted: int = 0
+    expected_acceptance: tuple[float, ...] = ()  # at each position whose draft token was reached
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    teacher: tuple[TeacherRow, ...] = ()  # one per verified position: after each drafted token, and before the first
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    outputs: tuple[StepOutput, ...]  # in the order of the work
+    draft_seconds: float
+    verify_seconds: float  # target forward, sampling and acceptance
+    num_target_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """Verdict of one sequence, on the host."""
+
+    num_accepted: int
+    final_token: int
+    expected: tuple[float, ...]
+
+
+@torch.inference_mode()
+def speculative_step(work: Sequence[Work], target: ModelRunner, proposer: Proposer | None) -> StepResult:
+    """Advance every sequence by one step and update its state (tokens appended, KV reach moved)."""
+    states = [w.state for w in work]
+    started = time.perf_counter()
+    if proposer is not None and any(w.max_draft for w in work):
+        proposal = proposer.propose(states, [w.max_draft if w.emits else 0 for w in work])
+    else:
+        proposal = nothing_proposed(len(work), target.vocab_size, target.device)
+    proposed = time.perf_counter()
+
+    chunks = [_chunk(w, p) for w, p in zip(work, proposal.sequences, strict=True)]
+    logits = target.forward(chunks)
+    rows = torch.split(logits, [c.num_logits for c in chunks])
+    accepted = _accept(work, proposal, rows)
+
+    outputs: list[StepOutput] = []
+    for w, p, own_rows, verdict in zip(work, proposal.sequences, rows, accepted, strict=True):
+        prompt_scores = _prompt_logprobs(w, own_rows)
+        if verdict is None:
+            w.state.num_computed += w.num_tokens
+            outputs.append(StepOutput(prompt_logprobs=prompt_scores))
+            continue
+        emitted = (*p.token_ids[: verdict.num_accepted], verdict.final_token)
+        verified = own_rows[-(len(p.token_ids) + 1) :]
+        outputs.append(
+            StepOutput(
+                emitted,
+                p,
+                verdict.num_accepted,
+                verdict.expected,
+                () if w.logprobs is None else token_logprobs(verified[: len(emitted)], list(emitted), w.logprobs),
+                prompt_scores,
+                teacher_rows(verified, w.teacher_top_n) if w.teacher_top_n else (),
+            )
+        )
+        if p.token_ids and proposer is not None:
+            proposer.settle(w.state, verdict.num_accepted, p)
+        w.state.num_computed = len(w.state.token_ids) + verdict.num_accepted
+        w.state.token_ids.extend(emitted)
+    finished = time.perf_counter()
+    num_target_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+    return StepResult(tuple(outputs), proposed - started, finished - proposed, num_target_tokens)
+
+
+def _chunk(work: Work, proposal: SequenceProposal) -> Chunk:
+    """The target's input for one sequence: its pending tokens, then what was drafted."""
+    state = work.state
+    pending = state.token_ids[state.num_computed : state.num_computed + work.num_tokens]
+    tokens = [*pending, *proposal.token_ids]
+    num_logits = len(proposal.token_ids) + 1 if work.emits else 0
+    if work.prompt_logprobs is not None and state.num_computed < state.num_prompt_tokens:
+        num_logits = len(tokens)
+    return Chunk(tokens, state.num_computed, state.block_ids, num_logits)
+
+
+def _prompt_logprobs(work: Work, rows: Tensor) -> tuple[TokenLogprob, ...]:
+    """Scores of the prompt tokens that follow the positions computed in this step (the prompt's first has none)."""
+    state = work.state
+    if work.prompt_logprobs is None or state.num_computed >= state.num_prompt_tokens:
+        return ()
+    first = state.num_computed + 1
+    scored = state.token_ids[first : min(first + work.num_tokens, state.num_prompt_tokens)]
+    return token_logprobs(rows[: len(scored)], scored, work.prompt_logprobs) if scored else ()
+
+
+def _accept(work: Sequence[Work], proposal: Proposal, rows: Sequence[Tensor]) -> list[_Accepted | None]:
+    """Sample or verify every emitting sequence; None for those in the middle of a prefill."""
+    result: list[_Accepted | None] = [None] * len(work)
+    for coupling in Coupling:
+        members = [i for i, w in enumerate(work) if w.emits and w.state.coupling is coupling]
+        if not members:
+            continue
+        drafts = [proposal.sequences[i].token_ids for i in members]
+        logits = torch.cat([rows[i][-(len(d) + 1) :] for i, d in zip(members, drafts, strict=True)])
+        sampling_rows = [
+            work[i].state.sampling_row(d[:j]) for i, d in zip(members, drafts, strict=True) for j in range(len(d) + 1)
+        ]
+        probs = probabilities(logits, sampling_rows)
+        layout = Layout.of([len(d) for d in drafts], probs.device)
+        drafted = proposal.drafted_tokens(members)
+        verdict = _couple(coupling, probs, drafted, layout, [work[i].state for i in members])
+        alphas = expected_acceptance(probs, drafted, layout).tolist()
+        start = 0
+        for i, d, count, token in zip(
+            members, drafts, verdict.num_accepted.tolist(), verdict.final_token.tolist(), strict=True
+        ):
+            reached = min(count + 1, len(d))
+            result[i] = _Accepted(count, token, tuple(alphas[start : start + reached]))
+            start += len(d)
+    return result
+
+
+def _couple(
+    coupling: Coupling, probs: Tensor, drafted: DraftedTokens, layout: Layout, states: Sequence[SequenceState]
+) -> Verdict:
+    """Apply one coupling with each sequence's own randomness; row j of a sequence is output position n + j."""
+    device = probs.device
+    counts = torch.tensor([n + 1 for n in layout.num_drafts], device=device)
+    keys = as_key_tensor([state.key for state in states], device)
+    first = torch.tensor([state.num_output_tokens for state in states], device=device)
+    row_keys = keys.repeat_interleave(counts)
+    row_positions = torch.arange(layout.num_rows, device=device) + (first - layout.first_row).repeat_interleave(counts)
+    if coupling is Coupling.DRAFTER_INVARIANT:
+        if all(state.params.is_greedy for state in states):  # one-hot rows: any noise gives the same winner
+            noise = probs.new_ones(probs.shape)
+        else:
+            noise = exponentials(row_keys, row_positions, probs.shape[1])
+        return accept_invariant(probs, drafted, layout, noise)
+    tested = layout.draft_rows
+    accept = uniforms(row_keys[tested], row_positions[tested], Purpose.ACCEPT)
+    # keyed by the row the token ends up on, which is known only after acceptance: give every row its own number
+    recover = uniforms(row_keys, row_positions, Purpose.RECOVER)
+    return accept_maximal(probs, drafted, layout, accept, recover)

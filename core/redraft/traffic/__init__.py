@@ -1,0 +1,1 @@
+"""The traffic log: what was served, kept as Parquet shards for distillation. Imports no torch."""

@@ -1,0 +1,85 @@
+"""Where shards lie under the log's root, and what their names say.
+
+    v1/dt=2026-11-24/hour=13/019ab5c2-7e4f-7c31-9d02-5b6f0a1c2d3e-host7-4711.parquet
+
+`v1` is the schema version, the hour is UTC at the time of writing, and the name is a UUIDv7 (its first 48
+bits are Unix milliseconds, so names sort by time) with host and process, which tells replicas apart. A file
+still being written ends in `.tmp`; after a crash it stays, and readers skip it.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import ceil
+from typing import Any
+from uuid import UUID
+
+import fsspec
+
+from redraft.traffic.record import SCHEMA_VERSION
+
+TEMPORARY_SUFFIX = ".tmp"
+
+_SHARD = re.compile(
+    r"v(?P<version>\d+)/dt=\d{4}-\d{2}-\d{2}/hour=\d{2}/"
+    r"(?P<uuid>[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12})-[A-Za-z0-9_]+-\d+\.parquet"
+    r"(?P<temporary>\.tmp)?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LogFile:
+    """One file of ours, finished (a shard) or temporary."""
+
+    path: str
+    """As the file system names it."""
+    schema_version: int
+    written_unix_s: float
+    """From its name, so that a copy keeps it. No record in the file is younger."""
+    num_bytes: int
+    is_temporary: bool
+
+
+def new_shard_name(unix_s: float, host: str, pid: int) -> str:
+    """A path under the root that nobody else will choose."""
+    milliseconds = ceil(unix_s * 1000)  # up: never before the records in it
+    bits = (
+        (milliseconds & (2**48 - 1)) << 80
+        | 7 << 76
+        | secrets.randbits(12) << 64
+        | 2 << 62
+        | secrets.randbits(62)
+    )
+    now = datetime.fromtimestamp(unix_s, UTC)
+    host = re.sub(r"[^A-Za-z0-9_]", "_", host) or "host"
+    return f"v{SCHEMA_VERSION}/dt={now:%Y-%m-%d}/hour={now:%H}/{UUID(int=bits)}-{host}-{pid}.parquet"
+
+
+def open_root(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL (a plain path is local), and the root's path on it.
+
+    Raises ValueError for a protocol that fsspec does not know, ImportError if its package is missing.
+    """
+    filesystem, root = fsspec.core.url_to_fs(url)
+    return filesystem, root.rstrip("/")
+
+
+def list_files(filesystem: Any, root: str) -> tuple[list[LogFile], list[str]]:
+    """All files under the root: ours, oldest first, and the paths of foreign ones. A missing root is empty.
+
+    Raises OSError when the store cannot be listed.
+    """
+    filesystem.invalidate_cache(root)
+    ours, foreign = [], []
+    for path, info in filesystem.find(root, detail=True).items():
+        match = _SHARD.fullmatch(path.removeprefix(root).lstrip("/"))
+        if match is None:
+            foreign.append(path)
+            continue
+        written = (UUID(match["uuid"]).int >> 80) / 1000
+        temporary = match["temporary"] is not None
+        ours.append(LogFile(path, int(match["version"]), written, info.get("size") or 0, temporary))
+    return sorted(ours, key=lambda file: (file.written_unix_s, file.path)), sorted(foreign)

@@ -1,0 +1,1 @@
+"""How a draft is born: pruned from its target."""

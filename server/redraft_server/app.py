@@ -1,0 +1,162 @@
+"""The one place where the server is put together: engine, tokenizer, RPCs, metrics, and how they start and end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Protocol, Self
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from redraft.errors import ConfigError
+from redraft.telemetry.exporter import MetricsExporter
+from redraft.telemetry.metrics import ServerMetrics
+from redraft.v1 import draft_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
+
+from redraft_server.config import ServerConfig
+from redraft_server.engine.api import EngineClient
+from redraft_server.rpc import lifecycle
+from redraft_server.rpc.draft_service import DraftServicer
+from redraft_server.rpc.generation import GenerationServicer
+from redraft_server.rpc.model_service import ModelServicer
+from redraft_server.rpc.text import TextService, TextTokenizer
+from redraft_server.rpc.tokenizer_service import TokenizerServicer
+
+_log = logging.getLogger("redraft.app")
+
+
+class TextEngine(EngineClient, Protocol):
+    """An engine together with its target's tokenizer."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+
+
+class App:
+    """A server around an engine that runs. Use as `async with`: entering serves, leaving ends at once.
+
+    Leaving stops the engine too. For a graceful end, await `drain` before leaving.
+    """
+
+    def __init__(
+        self, config: ServerConfig, engine: TextEngine, metrics: ServerMetrics, registry: CollectorRegistry
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.address = ""
+        self.metrics_address: str | None = None
+        self._metrics = metrics
+        self._registry = registry
+        self._text = TextService(engine.tokenizer)
+        self._health = lifecycle.HealthReporter(engine)
+        self._exporter: MetricsExporter | None = None
+        self._draining = False
+
+    async def __aenter__(self) -> Self:
+        self._server = lifecycle.create_server(self.config.grpc, self._metrics)
+        try:
+            await self._start()
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    async def drain(self, hurry: asyncio.Event | None = None) -> None:
+        """End gracefully, see `lifecycle.drain`. Setting `hurry` ends the waiting."""
+        self._draining = True
+        drain_config = self.config.drain
+        await lifecycle.drain(self._server, self.engine, self._health, drain_config, hurry or asyncio.Event())
+
+    async def _start(self) -> None:
+        config, engine, server = self.config, self.engine, self._server
+        generation = GenerationServicer(engine, self._text, config.limits, self._metrics)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+        tokenizer = TokenizerServicer(engine, self._text)
+        tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(tokenizer, server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(engine, self._text), server)
+        draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(engine), server)
+        lifecycle.add_reflection(server)
+        await self._health.start(server)
+        port = lifecycle.bind(server, config.grpc)
+        self.address = f"{config.grpc.host}:{port}"
+        if config.metrics.enabled:
+            self._exporter = self._start_exporter()
+            self.metrics_address = f"{config.metrics.host}:{self._exporter.port}"
+        await server.start()
+
+    def _start_exporter(self) -> MetricsExporter:
+        config = self.config.metrics
+        try:
+            return MetricsExporter(self._registry, config.host, config.port, self._is_ready)
+        except OSError as error:
+            address = f"{config.host}:{config.port}"
+            raise ConfigError(
+                f"metrics.host, metrics.port: cannot listen on {address}: {error.strerror}; "
+                "take another port, or set metrics.enabled to false"
+            ) from None
+
+    def _is_ready(self) -> bool:
+        return self.engine.is_ready and not self._draining
+
+    async def _end(self) -> None:
+        """Stop whatever is still up. Harmless after `drain`."""
+        self._draining = True
+        await asyncio.to_thread(self.engine.stop, 1.0)
+        await self._server.stop(None)
+        await self._health.close()
+        self._text.close()
+        if self._exporter is not None:
+            await asyncio.to_thread(self._exporter.close)
+
+
+def build(config: ServerConfig) -> App:
+    """Load the models and start the engine. Blocks for as long as that takes.
+
+    Raises:
+        RedraftError: if a model cannot be used or a setting does not fit it.
+    """
+    # Imported here because it brings torch, for which `__main__` has to set the environment first.
+    from redraft_server.engine.build import build_engine
+
+    registry, metrics = _create_metrics(config)
+    return App(config, build_engine(config, metrics), metrics, registry)
+
+
+async def serve(app: App, on_started: Callable[[App], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining."""
+    loop = asyncio.get_running_loop()
+    asked_to_end, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        _log.info("signal", extra={"signal": number.name})
+        (hurry if asked_to_end.is_set() else asked_to_end).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    async with app:
+        on_started(app)
+        await asked_to_end.wait()
+        await app.drain(hurry)
+
+
+@asynccontextmanager
+async def running_server(config: ServerConfig, engine: TextEngine) -> AsyncIterator[str]:
+    """A server around a given engine, for tests and embedding; yields its address. Leaving ends it at once."""
+    registry, metrics = _create_metrics(config)
+    async with App(config, engine, metrics, registry) as app:
+        yield app.address
+
+
+def _create_metrics(config: ServerConfig) -> tuple[CollectorRegistry, ServerMetrics]:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    longest_draft = max(1, config.speculation.num_speculative_tokens)
+    return registry, ServerMetrics(registry, config.model.target, max_draft_tokens=longest_draft)

@@ -1,0 +1,202 @@
+"""From a configuration to an engine that runs: load, check, reserve, warm up."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from redraft.errors import ConfigError
+from redraft.models.block_pool import BlockPool
+from redraft.models.kv_cache import kv_bytes_per_token
+from redraft.models.loader import LoadedModel, load_model
+from redraft.models.ref import ModelRef
+from redraft.models.runner import Chunk, ModelRunner
+from redraft.models.tokenizer import Tokenizer, check_compatible, load_tokenizer
+from redraft.speculation.draft_model import DraftModelProposer
+from redraft.speculation.fallback import FallbackProposer
+from redraft.speculation.length import LengthController, StepCost
+from redraft.speculation.ngram import NgramProposer
+from redraft.speculation.proposer import Proposer
+from redraft.telemetry.metrics import ServerMetrics
+from redraft.traffic.writer import TrafficWriter
+from redraft_server.config import ServerConfig
+from redraft_server.engine.api import EngineInfo
+from redraft_server.engine.engine import Engine, EngineParts
+from redraft_server.engine.recorder import Recorder
+from redraft_server.engine.scheduler import SchedulerLimits
+
+_WARM_UP_SIZES = (1, 2, 4, 8, 16, 32)
+_WARM_UP_REPEATS = 3
+
+
+def build_engine(config: ServerConfig, metrics: ServerMetrics, writer: TrafficWriter | None = None) -> Engine:
+    """Load target and draft and start the engine.
+
+    Raises:
+        ModelError: a model cannot be had or used; TokenizerMismatch if target and draft do not fit together.
+        ConfigError: settings that contradict the model (a context longer than it has).
+    """
+    device = _device(config.model.device)
+    if config.model.threads is not None:
+        torch.set_num_threads(config.model.threads)
+    target_ref = ModelRef.parse(config.model.target)
+    target = _load(target_ref, config, device)
+    tokenizer = load_tokenizer(target_ref, cache_dir=config.model.cache_dir)
+    draft: LoadedModel | None = None
+    if config.model.draft is not None:
+        draft_ref = ModelRef.parse(config.model.draft)
+        draft = _load(draft_ref, config, device)
+        check_compatible(tokenizer, load_tokenizer(draft_ref, cache_dir=config.model.cache_dir))
+    pool = BlockPool(
+        -(-config.engine.kv_cache_tokens // config.engine.kv_block_size),
+        config.engine.kv_block_size,
+        prefix_cache=config.engine.prefix_cache,
+    )
+    sizes = _Sizes(pool.num_blocks, pool.block_size, tokenizer.vocab_size)
+    runner = sizes.runner(target)
+    target_cost = _warm_up(runner)
+    info = _info(config, target, draft, tokenizer, pool)
+    engine = Engine(
+        EngineParts(
+            target=runner,
+            tokenizer=tokenizer,
+            proposer=_proposer(config, sizes, draft, target_cost, info.draft_version),
+            pool=pool,
+            limits=SchedulerLimits(
+                max_running=config.engine.max_running_requests,
+                max_batch_tokens=config.engine.max_batch_tokens,
+                max_model_len=info.context_length,
+                num_speculative_tokens=info.num_speculative_tokens,
+                teacher_top_n=config.traffic_log.teacher_top_n if writer is not None else 0,
+            ),
+            info=info,
+            max_waiting=config.engine.max_waiting_requests,
+            target_cost=target_cost,
+            metrics=metrics,
+            recorder=None if writer is None else Recorder(writer, info),
+        )
+    )
+    metrics.set_active_drafts([info.draft_version] if info.draft_version else [])
+    engine.start()
+    return engine
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What every runner of an engine must agree on."""
+
+    num_blocks: int
+    block_size: int
+    vocab_size: int
+
+    def runner(self, loaded: LoadedModel) -> ModelRunner:
+        return ModelRunner(
+            loaded.model, num_blocks=self.num_blocks, block_size=self.block_size, vocab_size=self.vocab_size
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device: cuda was asked for, but torch sees no GPU; set model.device to cpu")
+    return device
+
+
+def _load(ref: ModelRef, config: ServerConfig, device: torch.device) -> LoadedModel:
+    if config.model.dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else None
+    else:
+        dtype = getattr(torch, config.model.dtype)
+    return load_model(ref, dtype=dtype, device=device, cache_dir=config.model.cache_dir)
+
+
+def _proposer(
+    config: ServerConfig, sizes: _Sizes, draft: LoadedModel | None, target_cost: StepCost, draft_version: str
+) -> Proposer | None:
+    settings = config.speculation
+    if settings.proposer == "none" or settings.num_speculative_tokens == 0:
+        return None
+    proposers: list[Proposer] = []
+    if "ngram" in settings.proposer:
+        length = LengthController(NgramProposer.name, target_cost, None) if settings.adaptive else None
+        proposers.append(
+            NgramProposer(sizes.vocab_size, min_match=settings.ngram_min, max_match=settings.ngram_max, length=length)
+        )
+    if draft is not None:
+        runner = sizes.runner(draft)
+        length = None
+        if settings.adaptive:
+            length = LengthController(DraftModelProposer.name, target_cost, _warm_up(runner))
+        proposers.append(
+            DraftModelProposer(
+                runner, version=draft_version, max_catch_up=config.engine.max_batch_tokens, length=length
+            )
+        )
+    return proposers[0] if len(proposers) == 1 else FallbackProposer(proposers)
+
+
+def _warm_up(runner: ModelRunner) -> StepCost:
+    """Touch every weight once and measure the cost of a pass by its number of tokens."""
+    cost = StepCost()
+    block_ids = range(min(runner.num_blocks, -(-max(_WARM_UP_SIZES) // runner.block_size)))
+    for size in _WARM_UP_SIZES:
+        if size > len(block_ids) * runner.block_size:
+            break
+        seconds = []
+        for _ in range(_WARM_UP_REPEATS):
+            started = time.perf_counter()
+            runner.forward([Chunk([0] * size, 0, block_ids, size)]).sum().item()
+            seconds.append(time.perf_counter() - started)
+        cost.observe(size, min(seconds))
+    return cost
+
+
+def _info(
+    config: ServerConfig, target: LoadedModel, draft: LoadedModel | None, tokenizer: Tokenizer, pool: BlockPool
+) -> EngineInfo:
+    capacity = pool.num_blocks * pool.block_size
+    own_context = int(getattr(target.config, "max_position_embeddings", capacity))
+    if config.engine.max_model_len is not None and config.engine.max_model_len > own_context:
+        raise ConfigError(
+            f"engine.max_model_len is {config.engine.max_model_len}, but {target.name} has a context of {own_context}"
+        )
+    context = min(config.engine.max_model_len or own_context, own_context, capacity)
+    if draft is not None:
+        context = min(context, int(getattr(draft.config, "max_position_embeddings", context)))
+    models = [target] if draft is None else [target, draft]
+    uses_speculation = config.speculation.proposer != "none"
+    return EngineInfo(
+        model=target.name,
+        model_revision=target.revision or "",
+        vocab_size=tokenizer.vocab_size,
+        context_length=context,
+        max_prompt_tokens=min(config.limits.max_prompt_tokens or context - 1, context - 1),
+        max_new_tokens_limit=config.limits.max_new_tokens,
+        eos_token_ids=tokenizer.eos_token_ids,
+        target_fingerprint=target.weights_fingerprint,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        proposer=config.speculation.proposer,
+        num_speculative_tokens=config.speculation.num_speculative_tokens if uses_speculation else 0,
+        draft_name=None if draft is None else draft.name,
+        draft_version="" if draft is None else _draft_version(draft),
+        kv_block_size=pool.block_size,
+        kv_num_blocks=pool.num_blocks,
+        kv_bytes=sum(kv_bytes_per_token(m.config.get_text_config(), m.dtype) for m in models) * capacity,
+        weight_bytes=sum(_num_bytes(m) for m in models),
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=str(target.device),
+    )
+
+
+def _draft_version(draft: LoadedModel) -> str:
+    """A short name for a draft that no registry has named: the start of its weights' hash."""
+    return f"d-{draft.weights_fingerprint.removeprefix('sha256:')[:12]}"
+
+
+def _num_bytes(loaded: LoadedModel) -> int:
+    """Bytes of the parameters, tied ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())

@@ -1,0 +1,289 @@
+"""The engine: one thread that schedules, steps and delivers; every other thread only talks to it through a queue."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from redraft.models.block_pool import BlockPool
+from redraft.models.runner import ModelRunner
+from redraft.models.tokenizer import Tokenizer
+from redraft.speculation.length import StepCost
+from redraft.speculation.proposer import Proposer
+from redraft.speculation.step import StepResult, speculative_step
+from redraft.telemetry.metrics import ServerMetrics
+from redraft_server.engine.api import (
+    DuplicateRequestId,
+    EngineInfo,
+    EngineRequest,
+    EngineUnavailable,
+    FinishReason,
+    QueueFull,
+    RequestTooLarge,
+    Sink,
+)
+from redraft_server.engine.delivery import Delivery
+from redraft_server.engine.observe import step_observation
+from redraft_server.engine.output import CompletionOutput
+from redraft_server.engine.recorder import Recorder
+from redraft_server.engine.request import Completion, Request
+from redraft_server.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_MAX_CONSECUTIVE_FAULTS = 3
+_IDLE_WAIT_S = 0.5  # how late a deadline is noticed while nothing runs
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine is made of; `build_engine` makes them from a configuration, tests by hand."""
+
+    target: ModelRunner
+    tokenizer: Tokenizer
+    proposer: Proposer | None
+    pool: BlockPool
+    limits: SchedulerLimits
+    info: EngineInfo
+    max_waiting: int
+    target_cost: StepCost
+    metrics: ServerMetrics | None = None
+    recorder: Recorder | None = None
+    clock: Callable[[], float] = time.monotonic
+
+
+class Engine:
+    """Implements `EngineClient`. Call `start` once; `stop` ends everything that is left."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts = parts
+        self._clock = parts.clock
+        self.scheduler = Scheduler(parts.pool, parts.limits)
+        self._proposer = parts.proposer
+        self._delivery = Delivery(self.scheduler, clock=parts.clock, recorder=parts.recorder, on_finished=self._forget)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._live: dict[str, Request] = {}  # guarded by _lock: read on submit, changed on both sides
+        self._unavailable: EngineUnavailable | None = None
+        self._stopping = False
+        self._faults = 0
+        self._service_seconds = 0.0  # moving average of a request's time from first step to end
+        self._thread = threading.Thread(target=self._run, name="redraft-engine", daemon=True)
+
+    # -- any thread ------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._parts.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._parts.tokenizer
+
+    @property
+    def is_ready(self) -> bool:
+        return self._thread.is_alive() and self._unavailable is None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: EngineRequest, sink: Sink) -> None:
+        """Admit a request; its events go to `sink` on the engine thread.
+
+        Raises:
+            AdmissionError: nothing was started; the subclass says why.
+        """
+        self._check_size(request)
+        entry = Request(request, sink, self._clock())
+        with self._lock:
+            if self._unavailable is not None:
+                raise self._unavailable
+            if request.request_id in self._live:
+                raise DuplicateRequestId(f"a request with id {request.request_id!r} is in progress")
+            if len(self._live) >= self._parts.max_waiting + self._parts.limits.max_running:
+                wait = max(0.1, self.estimated_queue_delay_s() / 4)
+                raise QueueFull(f"{len(self._live)} requests in progress or waiting", retry_after_s=wait)
+            self._live[request.request_id] = entry
+        self._commands.put(lambda: self._begin(entry))
+
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        self._commands.put(lambda: self._cancel(request_id, reason))
+
+    def estimated_queue_delay_s(self) -> float:
+        ahead = len(self._live) - self._parts.limits.max_running
+        if ahead < 0:
+            return 0.0
+        return self._service_seconds * (ahead + 1) / self._parts.limits.max_running
+
+    def num_unfinished(self) -> int:
+        return len(self._live)
+
+    def drain(self) -> None:
+        with self._lock:
+            self._unavailable = EngineUnavailable("SERVER_DRAINING", "the server is shutting down")
+
+    def stop(self, timeout_s: float) -> None:
+        self.drain()
+        self._commands.put(self._stop)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def between_steps(self, action: Callable[[], T]) -> Future[T]:
+        """Run `action` on the engine thread while no step is under way."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._commands.put(run)
+        return future
+
+    def replace_proposer(self, proposer: Proposer | None, draft_epoch: int) -> Future[None]:
+        """Put another proposer into service at the next step boundary; running sequences go on with it.
+
+        Draft KV of another epoch counts as missing and is rebuilt before the next proposal.
+        """
+
+        def swap() -> None:
+            self._proposer = proposer
+            self.scheduler.draft_epoch = draft_epoch
+
+        return self.between_steps(swap)
+
+    # -- engine thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._take_commands()
+            self._expire()
+            scheduled = self.scheduler.schedule()
+            if scheduled:
+                self._step(scheduled)
+            self._delivery.flush()
+            self._report_load()
+
+    def _take_commands(self) -> None:
+        idle = not self.scheduler.running and not len(self.scheduler.waiting)
+        try:
+            command = self._commands.get(timeout=_IDLE_WAIT_S) if idle else self._commands.get_nowait()
+            while True:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def _step(self, scheduled: list[Scheduled]) -> None:
+        prompt_starts = [s.work.state.num_computed for s in scheduled]
+        now = self._clock()
+        for s in scheduled:
+            if s.completion.request.first_scheduled is None:
+                s.completion.request.first_scheduled = now
+        try:
+            result = speculative_step([s.work for s in scheduled], self._parts.target, self._proposer)
+        except Exception:
+            self._fault(scheduled)
+            return
+        self._faults = 0
+        self._parts.target_cost.observe(result.num_target_tokens, result.verify_seconds)
+        for s, output, start in zip(scheduled, result.outputs, prompt_starts, strict=True):
+            self.scheduler.settle(s.completion)
+            is_first = s.completion.request.first_token is None
+            self._delivery.deliver(s.completion, output, start)
+            if is_first and output.emitted:
+                self._begin_siblings(s.completion)
+        self._report_step(scheduled, result)
+
+    def _fault(self, scheduled: list[Scheduled]) -> None:
+        """A bug or an exhausted device: the step's requests end, the engine goes on; three in a row end it."""
+        logger.exception("engine step failed", extra={"num_sequences": len(scheduled)})
+        self._faults += 1
+        for request in {s.completion.request for s in scheduled}:
+            self._delivery.abort(request, FinishReason.ERROR, "the engine failed in a step")
+        if self._faults >= _MAX_CONSECUTIVE_FAULTS:
+            with self._lock:
+                self._unavailable = EngineUnavailable("ENGINE_DEAD", "the engine failed repeatedly; restart the server")
+            self._abort_all(FinishReason.ERROR, "the engine failed repeatedly")
+
+    def _check_size(self, request: EngineRequest) -> None:
+        limits, pool = self._parts.limits, self._parts.pool
+        capacity = min(limits.max_model_len, pool.num_blocks * pool.block_size)
+        if len(request.prompt_token_ids) >= capacity:
+            raise RequestTooLarge("prompt", f"the prompt has {len(request.prompt_token_ids)} tokens of {capacity}")
+        if request.n > limits.max_running:
+            raise RequestTooLarge("n", f"n is {request.n}, the server runs {limits.max_running} sequences at once")
+
+    def _begin(self, request: Request) -> None:
+        spec = request.spec
+        if spec.prompt_logprobs is not None:
+            request.prompt_logprobs = [None] * len(spec.prompt_token_ids)
+        room = self._parts.limits.max_model_len - len(spec.prompt_token_ids)
+        pool_room = self._parts.pool.num_blocks * self._parts.pool.block_size - len(spec.prompt_token_ids)
+        max_new_tokens = min(spec.stopping.max_new_tokens, room, pool_room)
+        eos = self._parts.info.eos_token_ids
+        ends = (frozenset() if spec.stopping.ignore_eos else eos) | spec.stopping.stop_token_ids
+        for index in range(spec.n):
+            output = CompletionOutput(
+                self._parts.tokenizer, spec.stopping, eos_token_ids=eos, max_new_tokens=max_new_tokens
+            )
+            state = request.new_state(index, tuple(sorted(ends)))
+            request.completions.append(Completion(request, index, state, output, max_new_tokens))
+        self.scheduler.add(request.completions[0])
+
+    def _begin_siblings(self, completion: Completion) -> None:
+        """The other n - 1 completions start once the first has put the prompt into the prefix cache."""
+        for sibling in completion.request.completions[:0:-1]:
+            if sibling.finish_reason is None:
+                self.scheduler.waiting.push_front(sibling)
+
+    def _cancel(self, request_id: str, reason: FinishReason) -> None:
+        request = self._live.get(request_id)
+        if request is not None:
+            self._delivery.abort(request, reason)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for request in list(self._live.values()):
+            if request.spec.deadline is not None and request.spec.deadline <= now and request.completions:
+                self._delivery.abort(request, FinishReason.DEADLINE)
+
+    def _abort_all(self, reason: FinishReason, error: str | None = None) -> None:
+        for request in list(self._live.values()):
+            if not request.completions:
+                self._begin(request)  # its command is still queued: it must get its events all the same
+            self._delivery.abort(request, reason, error)
+        self._delivery.flush()
+
+    def _stop(self) -> None:
+        self._abort_all(FinishReason.SHUTDOWN)
+        self._stopping = True
+
+    def _forget(self, request: Request) -> None:
+        with self._lock:
+            self._live.pop(request.spec.request_id, None)
+        if request.first_scheduled is not None:
+            served = self._clock() - request.first_scheduled
+            self._service_seconds += 0.1 * (served - self._service_seconds)
+
+    def _report_step(self, scheduled: list[Scheduled], result: StepResult) -> None:
+        if self._parts.metrics is not None:
+            self._parts.metrics.observe_step(step_observation(scheduled, result))
+
+    def _report_load(self) -> None:
+        if self._parts.metrics is None:
+            return
+        if self.scheduler.num_preemptions:
+            self._parts.metrics.observe_preemptions(self.scheduler.num_preemptions)
+            self.scheduler.num_preemptions = 0
+        pool = self._parts.pool
+        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        self._parts.metrics.set_load(running, waiting, pool.num_free, pool.num_blocks)

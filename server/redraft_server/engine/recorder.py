@@ -1,0 +1,104 @@
+"""A finished completion as a traffic record."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from redraft.traffic.record import SamplingRecord, StepRecord, TeacherPosition, Timings, TrafficRecord
+from redraft_server.engine.api import EngineInfo
+from redraft_server.engine.request import Completion, VerifiedStep
+
+
+class RecordSink(Protocol):
+    """Where records go; `TrafficWriter` is one. Never blocks, never raises."""
+
+    def offer(self, record: TrafficRecord) -> bool: ...
+
+
+class Recorder:
+    """Builds the record of a completion and offers it to the traffic log."""
+
+    def __init__(self, sink: RecordSink, info: EngineInfo) -> None:
+        self._sink = sink
+        self._info = info
+
+    def record(self, completion: Completion, now: float) -> None:
+        """Offer the record, unless the request opted out or nothing was generated."""
+        request = completion.request
+        if not request.spec.log_traffic or completion.num_final_tokens == 0:
+            return
+        assert request.first_token is not None
+        assert request.first_scheduled is not None
+        end = completion.state.num_prompt_tokens + completion.num_final_tokens
+        outputs = tuple(completion.state.token_ids[completion.state.num_prompt_tokens : end])
+        drafted = [step for step in completion.steps if step.proposal.token_ids]
+        self._sink.offer(
+            TrafficRecord(
+                request_id=request.spec.request_id,
+                sample_index=completion.index,
+                created_unix_s=time.time(),
+                tenant=request.spec.tenant,
+                model=self._info.model,
+                target_fingerprint=self._info.target_fingerprint,
+                tokenizer_fingerprint=self._info.tokenizer_fingerprint,
+                draft_version=completion.counters.draft_version,
+                prompt_token_ids=request.spec.prompt_token_ids,
+                output_token_ids=outputs,
+                finish_reason=completion.finish_reason.value if completion.finish_reason else "",
+                sampling=_sampling_record(completion),
+                timings=Timings(
+                    queue_s=request.first_scheduled - request.arrived,
+                    ttft_s=request.first_token - request.arrived,
+                    decode_s=now - request.first_token,
+                ),
+                steps=tuple(_step_record(step) for step in drafted),
+                teacher=tuple(
+                    position for step in completion.steps for position in _teacher_positions(step, len(outputs))
+                ),
+                cached_prompt_tokens=request.cached_prompt_tokens,
+            )
+        )
+
+
+def _sampling_record(completion: Completion) -> SamplingRecord:
+    params = completion.request.spec.sampling
+    seed = params.seed
+    if seed is not None and seed >= 1 << 63:
+        seed -= 1 << 64  # the column is a signed 64-bit integer
+    return SamplingRecord(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=seed,
+        coupling=params.effective_coupling.value,
+        logit_bias=params.logit_bias,
+    )
+
+
+def _step_record(step: VerifiedStep) -> StepRecord:
+    return StepRecord(
+        start=step.start,
+        drafted_token_ids=step.proposal.token_ids,
+        num_accepted=step.num_accepted,
+        proposer=step.proposal.proposer,
+        draft_version=step.proposal.draft_version,
+    )
+
+
+def _teacher_positions(step: VerifiedStep, num_output_tokens: int) -> list[TeacherPosition]:
+    record = _step_record(step)
+    return [
+        TeacherPosition(
+            output_index=step.start + offset,
+            context_drafted=record.context_of(offset, num_output_tokens),
+            ids=row.ids,
+            logits=row.logits,
+            logsumexp=row.logsumexp,
+        )
+        for offset, row in enumerate(step.teacher)
+    ]
