@@ -35,7 +35,11 @@ _EXIT_CODES: tuple[tuple[type[errors.RedraftClientError], int, str], ...] = (
     (errors.AlreadyExistsError, EXIT_USAGE, ""),
     (errors.AbortedError, EXIT_USAGE, "look at `redraft drafts list` and try again"),
     (errors.UnimplementedError, EXIT_USAGE, "this server does not have the feature"),
-    (errors.UnavailableError, EXIT_UNAVAILABLE, "is the server running? set --address or REDRAFT_ADDRESS"),
+    (
+        errors.UnavailableError,
+        EXIT_UNAVAILABLE,
+        "is the server running? check --address, REDRAFT_ADDRESS and the TLS options",
+    ),
     (errors.ResourceExhaustedError, EXIT_UNAVAILABLE, "the server is full; try again later"),
     (errors.DeadlineExceededError, EXIT_DEADLINE, "raise --timeout or ask for fewer tokens"),
     (errors.UnauthenticatedError, EXIT_NOT_ALLOWED, f"set {API_KEY_VARIABLE} to a valid key"),

@@ -172,47 +172,44 @@ class IncrementalDetokenizer:
     def push(self, ids: Sequence[int]) -> str:
         """Add ids; return the text that is now complete (often one word, sometimes "")."""
         self._pending += self._visible(ids)
-        text = self._pending_text()
-        if text and not text.endswith(_REPLACEMENT):
-            self._advance(len(self._pending))
-            return text
+        for cut in self._cuts(self._pending):
+            text = self._delta(self._pending[:cut])
+            if text and not text.endswith(_REPLACEMENT):
+                self._advance(cut)
+                return text
         if len(self._pending) > self._MAX_PENDING:
-            return self._release_undecodable(text)
+            return self._release_undecodable()
         return ""
 
     def flush(self) -> str:
         """Return what is still held back, an unfinished character as U+FFFD. The sequence has ended."""
-        text = self._pending_text()
+        text = self._delta(self._pending)
         self._advance(len(self._pending))
         return text
 
-    def _release_undecodable(self, text: str) -> str:
+    def _release_undecodable(self) -> str:
         """Let go of all but the last few pending ids, at a cut that does not change the text."""
-        newest = len(self._pending) - 4
-        for cut in range(newest, newest - 4, -1):
-            head = self._delta(self._pending[:cut])
-            if head + self._tail_text(cut) == text:
+        text = self._delta(self._pending)
+        for cut in self._cuts(self._pending[:-3]):
+            head, tail = self._pending[:cut], self._pending[cut:]
+            released = self._delta(head)
+            if released + self._decode(head + tail)[len(self._decode(head)) :] == text:
                 self._advance(cut)
-                return head
+                return released
         return ""
 
     def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Context and pending ids: an unfinished character at the prefix's end is finished in our text."""
-        for start in range(min(4, len(ids))):  # the cut to the last ids may have halved a character
-            if not self._decode(ids[start:]).startswith(_REPLACEMENT):
-                ids = ids[start:]
-                break
-        for end in range(len(ids), max(len(ids) - 4, 0), -1):
-            if not self._decode(ids[:end]).endswith(_REPLACEMENT):
-                return ids[:end], ids[end:]
-        return ids, []
+        """Context and pending ids: a character that the prefix leaves unfinished is part of our text."""
+        ends = (cut for cut in self._cuts(ids) if not self._decode(ids[:cut]).endswith(_REPLACEMENT))
+        end = next(ends, len(ids))
+        # Taking only the last ids may have halved a character at the start, too
+        starts = (n for n in range(min(4, end)) if not self._decode(ids[n:end]).startswith(_REPLACEMENT))
+        return ids[next(starts, 0) : end], ids[end:]
 
-    def _tail_text(self, cut: int) -> str:
-        head, tail = self._pending[:cut], self._pending[cut:]
-        return self._decode(head + tail)[len(self._decode(head)) :]
-
-    def _pending_text(self) -> str:
-        return self._delta(self._pending)
+    @staticmethod
+    def _cuts(ids: list[int]) -> range:
+        """Where to cut so that at most 3 ids, as many as an unfinished character has, stay behind."""
+        return range(len(ids), max(len(ids) - 4, -1), -1)
 
     def _delta(self, ids: list[int]) -> str:
         return self._decode(self._context + ids)[len(self._context_text) :] if ids else ""

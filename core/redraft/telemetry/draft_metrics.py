@@ -60,9 +60,7 @@ class DraftMetrics:
 class _Families:
     def __init__(self, registry: CollectorRegistry, max_draft_tokens: int) -> None:
         def counter(name: str, text: str, *more_labels: str) -> Counter:
-            return Counter(
-                f"redraft_spec_decode_{name}_total", text, (*_LABELS, *more_labels), registry=registry
-            )
+            return Counter(f"redraft_spec_decode_{name}_total", text, (*_LABELS, *more_labels), registry=registry)
 
         self.num_drafts = counter("num_drafts", "Verify steps of a sequence with at least one drafted token.")
         self.num_draft_tokens = counter("num_draft_tokens", "Drafted tokens.")
@@ -95,9 +93,7 @@ class _Families:
             buckets=STEP_SECONDS_BUCKETS,
             registry=registry,
         )
-        self.active = Gauge(
-            "redraft_draft_active", "1 for a draft version in use, else 0.", _LABELS, registry=registry
-        )
+        self.active = Gauge("redraft_draft_active", "1 for a draft version in use, else 0.", _LABELS, registry=registry)
 
     def without_position(self) -> tuple[Counter | Histogram | Gauge, ...]:
         counters = (self.num_drafts, self.num_draft_tokens, self.num_accepted_tokens)

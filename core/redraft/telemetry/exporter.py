@@ -26,9 +26,7 @@ class MetricsExporter:
     answer is 503. Port 0 takes a free port: see `port`. Raises OSError when the address cannot be bound.
     """
 
-    def __init__(
-        self, registry: CollectorRegistry, host: str, port: int, is_ready: Callable[[], bool]
-    ) -> None:
+    def __init__(self, registry: CollectorRegistry, host: str, port: int, is_ready: Callable[[], bool]) -> None:
         self._server = _Server(registry, host, port, is_ready)
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
@@ -52,9 +50,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = _MAX_CONNECTIONS  # the default of 5 makes a burst of probes wait for a SYN retry
     block_on_close = False  # an idle client must not delay the end of the process
 
-    def __init__(
-        self, registry: CollectorRegistry, host: str, port: int, is_ready: Callable[[], bool]
-    ) -> None:
+    def __init__(self, registry: CollectorRegistry, host: str, port: int, is_ready: Callable[[], bool]) -> None:
         self.registry, self.is_ready = registry, is_ready
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         host = host.strip("[]")

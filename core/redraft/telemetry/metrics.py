@@ -133,9 +133,7 @@ class _StepMetrics:
             STEP_SECONDS_BUCKETS,
         )
         self._sequences = histogram("step_sequences", "Sequences in one step.", [2.0**i for i in range(10)])
-        self._tokens = histogram(
-            "step_tokens", "Positions in one target forward.", [2.0**i for i in range(15)]
-        )
+        self._tokens = histogram("step_tokens", "Positions in one target forward.", [2.0**i for i in range(15)])
         skipped = Counter(
             "redraft_spec_decode_skipped_steps_total",
             "Decode steps of a sequence that went without a draft, by reason.",
@@ -181,9 +179,7 @@ class _RequestMetrics:
             return Counter(f"redraft_{name}_total", text, ("model",), registry=registry).labels(model)
 
         self._model = model
-        self._duration = histogram(
-            "request_duration_seconds", "Arrival to end of a request.", _DURATION_BUCKETS
-        )
+        self._duration = histogram("request_duration_seconds", "Arrival to end of a request.", _DURATION_BUCKETS)
         self._first = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
         self._per_token = histogram(
             "time_per_output_token_seconds",
@@ -236,9 +232,7 @@ class _TrafficMetrics:
         self.dropped = Counter(
             "redraft_traffic_log_dropped_total", "Records lost, by reason.", ("reason",), registry=registry
         )
-        self._bytes = Counter(
-            "redraft_traffic_log_bytes_total", "Bytes of shards written.", registry=registry
-        )
+        self._bytes = Counter("redraft_traffic_log_bytes_total", "Bytes of shards written.", registry=registry)
         self._seconds = Histogram(
             "redraft_traffic_log_flush_seconds",
             "Time to write one shard.",

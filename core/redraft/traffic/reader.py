@@ -133,10 +133,7 @@ class TrafficReader:
 def _records(parquet: Any, bad_rows: Counter[str]) -> Iterator[TrafficRecord]:
     for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=ARROW_SCHEMA.names):
         for index in range(batch.num_rows):
-            row = {
-                name: column[index].as_py()
-                for name, column in zip(batch.schema.names, batch.columns, strict=True)
-            }
+            row = {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
             try:
                 yield TrafficRecord.from_row(row)
             except (ValueError, KeyError, TypeError) as error:
@@ -156,6 +153,4 @@ def _schema_mismatch(schema: pa.Schema) -> str | None:
 def _log_problem(problem: Problem) -> None:
     # A temporary file is normal beside a running writer, and so is a deletion beside retention.
     level = logging.DEBUG if problem.kind in ("temporary", "vanished") else logging.WARNING
-    logger.log(
-        level, "traffic file skipped (%s: %s)", problem.kind, problem.detail, extra={"path": problem.path}
-    )
+    logger.log(level, "traffic file skipped (%s: %s)", problem.kind, problem.detail, extra={"path": problem.path})

@@ -41,17 +41,14 @@ def apply_retention(url: str, max_age_s: float | None, max_bytes: int | None, no
     expired = _expired(shards, max_age_s, max_bytes, now)
     deleted_shards = _delete(filesystem, expired, failed)
     deleted_temporary = _delete(filesystem, stale, failed)
-    remaining = sum(shard.num_bytes for shard in shards if shard.path not in set(deleted_shards))
+    gone = {shard.path for shard in expired}.difference(failed)  # perhaps by another retention
+    remaining = sum(shard.num_bytes for shard in shards if shard.path not in gone)
     if failed:
-        logger.warning(
-            "traffic retention could not delete files", extra={"count": len(failed), "path": failed[0]}
-        )
+        logger.warning("traffic retention could not delete files", extra={"count": len(failed), "path": failed[0]})
     return RetentionReport(deleted_shards, deleted_temporary, tuple(failed), remaining)
 
 
-def _expired(
-    shards: list[LogFile], max_age_s: float | None, max_bytes: int | None, now: float
-) -> list[LogFile]:
+def _expired(shards: list[LogFile], max_age_s: float | None, max_bytes: int | None, now: float) -> list[LogFile]:
     """`shards` are oldest first, and so is the result."""
     excess = 0 if max_bytes is None else sum(shard.num_bytes for shard in shards) - max_bytes
     expired = []
@@ -70,7 +67,7 @@ def _delete(filesystem: Any, files: list[LogFile], failed: list[str]) -> tuple[s
         try:
             filesystem.rm_file(file.path)
         except FileNotFoundError:
-            continue  # another retention was faster
+            continue
         except Exception:  # every store raises its own kinds; one file must not protect the others
             failed.append(file.path)
         else:

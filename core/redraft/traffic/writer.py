@@ -99,7 +99,8 @@ class TrafficWriter:
         self._flush_until = 0  # settle this many as soon as possible
         self._closing = threading.Event()
 
-        self._shard = _Shard()  # only the writer's thread touches it
+        self._shard = _Shard()  # only the writer's thread touches it and the next
+        self._num_shards = 0
         self._next_warning: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name="traffic-writer", daemon=True)
         self._thread.start()
@@ -163,10 +164,7 @@ class TrafficWriter:
             return "closed"
         if num_bytes > self._max_queue_bytes:
             return "too_large"
-        if (
-            len(self._queue) >= self._max_queue_records
-            or self._queue_bytes + num_bytes > self._max_queue_bytes
-        ):
+        if len(self._queue) >= self._max_queue_records or self._queue_bytes + num_bytes > self._max_queue_bytes:
             return "queue_full"
         return None
 
@@ -192,9 +190,7 @@ class TrafficWriter:
             while not self._queue:
                 if self._is_due() or self._closing.is_set():
                     return None
-                self._changed.wait(
-                    self._roll_seconds - self._shard.age() if self._shard.num_records else None
-                )
+                self._changed.wait(self._roll_seconds - self._shard.age() if self._shard.num_records else None)
             record, num_bytes = self._queue.popleft()
             self._queue_bytes -= num_bytes
             return record
@@ -242,7 +238,9 @@ class TrafficWriter:
             self._settle(shard.num_records)
 
     def _put(self, data: bytes) -> bool:
-        path = f"{self._root}/{new_shard_name(self._clock(), socket.gethostname(), os.getpid())}"
+        name = new_shard_name(self._clock(), self._num_shards, socket.gethostname(), os.getpid())
+        self._num_shards += 1
+        path = f"{self._root}/{name}"
         for delay in (*_RETRY_DELAYS_S, None):
             try:
                 put_whole(self._filesystem, path, data)

@@ -14,7 +14,6 @@ from typing import Protocol
 from redraft.sampling.logprobs import TokenLogprob
 from redraft.sampling.params import SamplingParams, StoppingParams
 
-
 __all__ = [
     "AdmissionError",
     "ChoiceDelta",

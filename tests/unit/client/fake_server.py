@@ -125,7 +125,7 @@ def running(fake: FakeServer) -> Iterator[FakeServer]:
 
 
 def _handler(fake: FakeServer, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
-    codec = {
+    codec: dict[str, Any] = {
         "request_deserializer": GetMessageClass(method.input_type).FromString,
         "response_serializer": GetMessageClass(method.output_type).SerializeToString,
     }

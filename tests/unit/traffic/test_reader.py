@@ -25,7 +25,7 @@ def write(root: Path, *records: TrafficRecord, at: float = NOW) -> Path:
 
 
 def write_table(root: Path, table: pa.Table, at: float = NOW) -> Path:
-    path = root / new_shard_name(at, "host", 1)
+    path = root / new_shard_name(at, 0, "host", 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, write_page_checksum=True, compression="zstd")
     return path

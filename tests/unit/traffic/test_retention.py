@@ -14,7 +14,7 @@ DAY = 86400.0
 
 
 def shard(root: Path, days_old: float, size: int = 100, suffix: str = "") -> str:
-    path = root / (new_shard_name(NOW - days_old * DAY, "host", 1) + suffix)
+    path = root / (new_shard_name(NOW - days_old * DAY, 0, "host", 1) + suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x" * size)
     return str(path)
