@@ -95,9 +95,7 @@ def tiny_model(
     return model
 
 
-def tiny_tokenizer(
-    vocab_size: int = 64, *, chat_template: str | None = CHAT_TEMPLATE
-) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(vocab_size: int = 64, *, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer whose ids 0, 1, 2 are `<eos>`, `<pad>`, `<unk>`.
 
     Id 3 is the space; then letters, digits and other ASCII, so up to size 98 every id decodes to one

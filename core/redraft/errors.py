@@ -29,25 +29,25 @@ class ModelError(RedraftError):
     """A model or its tokenizer cannot be used."""
 
 
-class ModelNotFound(ModelError):  # noqa: N818 - reads as the condition it names
+class ModelNotFound(ModelError):
     """No such directory, file, hub id or revision, or it cannot be reached."""
 
 
-class UnsupportedModel(ModelError):  # noqa: N818
+class UnsupportedModel(ModelError):
     """Readable, but not a decoder-only language model that redraft can run."""
 
 
-class UnsafeCheckpoint(ModelError):  # noqa: N818
+class UnsafeCheckpoint(ModelError):
     """The weights exist only in a pickle format, which may run code when read."""
 
 
-class ChecksumMismatch(ModelError):  # noqa: N818
+class ChecksumMismatch(ModelError):
     """A file is not the one that was pinned."""
 
 
-class TokenizerMismatch(ModelError):  # noqa: N818
+class TokenizerMismatch(ModelError):
     """Target and draft do not share their vocabulary."""
 
 
-class ChatTemplateMissing(ModelError):  # noqa: N818
+class ChatTemplateMissing(ModelError):
     """Chat messages were given to a model that has no chat template."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from redraft.errors import ConfigError, RedraftError
 
 app = typer.Typer(
@@ -53,7 +54,6 @@ def init(
         chosen = None if layers is None else _parse_layers(layers)
         # Here, since torch takes seconds to import and --help should not
         from redraft.models.ref import ModelRef
-
         from redraft_training.student.prune import init_draft
 
         kept = init_draft(ModelRef.parse(target), output, layers=chosen, num_layers=num_layers)

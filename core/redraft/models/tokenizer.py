@@ -221,7 +221,9 @@ class IncrementalDetokenizer:
             self._pending = self._pending[count:]
 
     def _visible(self, ids: Sequence[int]) -> list[int]:
-        return [token_id for token_id in ids if token_id not in self._skipped]
+        """`ids` without those that have no text: special ones, and ids past the vocabulary."""
+        size = self._tokenizer.vocab_size
+        return [token_id for token_id in ids if token_id < size and token_id not in self._skipped]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -15,13 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from redraft.errors import ConfigError, UnsupportedModel
 from redraft.models.cache import Progress, atomic_directory, stderr_progress
 from redraft.models.loader import LoadedModel, load_model
 from redraft.models.ref import ModelRef
 from redraft.models.tokenizer import load_tokenizer
-from torch import nn
-from transformers import PreTrainedModel
 
 DRAFT_CONFIG = "draft_config.json"
 # One entry a layer, in any architecture's config: layer_types, mlp_layer_types, no_rope_layers, ...

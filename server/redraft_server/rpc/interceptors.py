@@ -14,9 +14,9 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
-from redraft_server.rpc.status import StatusError, internal
+from redraft_server.rpc.status import FieldViolation, StatusError, internal, invalid_argument
 
 _log = logging.getLogger("redraft.rpc")
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -64,24 +64,22 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not path.startswith("/redraft."):
             return handler
         _, service, method = path.split("/", 2)
-        coders = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        # The stubs describe grpc's synchronous handlers only, hence the loose types.
+        # Requests are decoded inside the wrapper, so that a malformed one is answered like other bad input; grpc
+        # itself would call it UNKNOWN. The stubs describe synchronous handlers only, hence the loose types.
+        decode, encode = handler.request_deserializer, handler.response_serializer
         if handler.response_streaming:
-            stream: Any = self._wrap(service, method, handler.unary_stream)
-            return grpc.unary_stream_rpc_method_handler(stream, **coders)
-        unary: Any = self._wrap(service, method, handler.unary_unary)
-        return grpc.unary_unary_rpc_method_handler(unary, **coders)
+            stream: Any = self._wrap(service, method, handler.unary_stream, decode)
+            return grpc.unary_stream_rpc_method_handler(stream, response_serializer=encode)
+        unary: Any = self._wrap(service, method, handler.unary_unary, decode)
+        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=encode)
 
-    def _wrap(self, service: str, method: str, behaviour: Any) -> _Behaviour:
-        async def run(request: Any, context: _Context) -> Any:
+    def _wrap(self, service: str, method: str, behaviour: Any, decode: Any) -> _Behaviour:
+        async def run(data: bytes, context: _Context) -> Any:
             started = time.monotonic()
             note_request_id("")
             code = grpc.StatusCode.OK
             try:
-                return await behaviour(request, context)
+                return await behaviour(_decoded(data, decode), context)
             except asyncio.CancelledError as error:
                 code = code_of(error, context)
                 raise
@@ -102,3 +100,11 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     def _fields(self, service: str, method: str, **more: object) -> dict[str, object]:
         return {"method": f"{service}/{method}", "request_id": _request_id.get(), **more}
+
+
+def _decoded(data: bytes, decode: Callable[[bytes], Message]) -> Message:
+    try:
+        return decode(data)
+    except DecodeError:
+        description = "is not a valid message of this method; text fields must be UTF-8"
+        raise invalid_argument([FieldViolation("request", description)]) from None

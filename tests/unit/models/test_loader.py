@@ -15,13 +15,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import BertConfig, BertForMaskedLM, MambaConfig, MambaForCausalLM, T5Config
+
 from redraft.errors import ChecksumMismatch, ModelError, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
 from redraft.models import cache, demo, source
 from redraft.models.gguf import convert_gguf, shortest_float32
 from redraft.models.loader import LoadedModel, load_model, weights_fingerprint
 from redraft.models.ref import ModelKind, ModelRef
-from transformers import BertConfig, BertForMaskedLM, MambaConfig, MambaForCausalLM, T5Config
-
 from tests.fakes import ARCHITECTURES, save_tiny, tiny_model
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from redraft.errors import ModelError
 from redraft.models.ref import ModelKind, ModelRef
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from redraft.errors import ChatTemplateMissing, ModelError, TokenizerMismatch
-from redraft.models.ref import ModelKind, ModelRef
-from redraft.models.tokenizer import Tokenizer, check_compatible, load_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from redraft.errors import ChatTemplateMissing, ModelError, TokenizerMismatch
+from redraft.models.ref import ModelKind, ModelRef
+from redraft.models.tokenizer import Tokenizer, check_compatible, load_tokenizer
 from tests.fakes import EOS_ID, save_tiny, tiny_tokenizer
 
 

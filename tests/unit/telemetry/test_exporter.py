@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
+
 from redraft.telemetry.exporter import MetricsExporter
 
 

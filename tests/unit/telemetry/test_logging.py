@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from redraft.telemetry.logging import Format, configure_logging
 
 SECRET = "my password is hunter2"

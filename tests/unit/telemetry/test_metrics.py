@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+
+from redraft.telemetry import metrics
 from redraft.telemetry.metrics import SKIP_REASONS, ServerMetrics
 from redraft.telemetry.observations import RequestObservation, SequenceStep, StepObservation
 
@@ -198,6 +201,13 @@ def test_traffic_log(page: Page) -> None:
 def test_two_servers_in_one_process_share_nothing(page: Page) -> None:
     page.metrics.observe_preemptions(1)
     assert Page().of_model("preemptions_total") == 0
+
+
+def test_the_documented_queries_name_metrics_that_exist(page: Page) -> None:
+    names = set(re.findall(r"rate\((redraft_\w+)", metrics.__doc__ or ""))
+    families = {f"{family.name}_total" for family in page.registry.collect() if family.type == "counter"}
+    assert len(names) == 9
+    assert names <= families
 
 
 def test_promtool_accepts_the_page(page: Page) -> None:

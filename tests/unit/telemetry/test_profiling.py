@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+
 from redraft.telemetry.profiling import profile_range, profiled_by
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from redraft.traffic.layout import list_files, new_shard_name, open_root
 
 NOW = 1_795_527_000.0

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from redraft.traffic.layout import new_shard_name
 from redraft.traffic.reader import Problem, TrafficReader
 from redraft.traffic.record import ARROW_SCHEMA, SCHEMA_VERSION_KEY, TrafficRecord
-
 from tests.unit.traffic.fakes import record
 
 NOW = 1_795_527_000.0

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from redraft.traffic.record import (
     ARROW_SCHEMA,
     SamplingRecord,
@@ -16,7 +17,6 @@ from redraft.traffic.record import (
     Timings,
     TrafficRecord,
 )
-
 from tests.unit.traffic.fakes import record
 
 token = st.integers(0, 2**31 - 1)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
 from redraft.traffic.record import StepRecord, TrafficRecord
 from redraft.traffic.redaction import DropMatching
 from redraft.traffic.writer import TrafficWriter
-
 from tests.unit.traffic.fakes import Observer, record
 
 

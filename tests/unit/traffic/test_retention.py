@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+
 from redraft.traffic.layout import new_shard_name
 from redraft.traffic.retention import apply_retention
 

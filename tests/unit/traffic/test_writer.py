@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import stat
 import threading
@@ -15,11 +16,11 @@ from uuid import uuid4
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from redraft.traffic import store, writer
+
+from redraft.traffic import writer
 from redraft.traffic.reader import TrafficReader
 from redraft.traffic.record import TrafficRecord
 from redraft.traffic.writer import TrafficWriter
-
 from tests.unit.traffic.fakes import Observer, record
 
 NOW = 1_795_527_000.0  # 2026-11-24 13:30 UTC
@@ -167,7 +168,7 @@ def test_a_full_disk_costs_records_and_nothing_else(
     monkeypatch.setattr(writer, "_RETRY_DELAYS_S", (0.0, 0.0))
     with writing(tmp_path, observer) as log:
         with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-            patch.setattr(store.os, "fsync", full_disk)
+            patch.setattr(os, "fsync", full_disk)
             for i in range(3):
                 assert log.offer(record(f"lost{i}"))
                 assert log.flush(20)
@@ -182,14 +183,14 @@ def test_a_full_disk_costs_records_and_nothing_else(
 def test_a_passing_failure_is_retried(tmp_path: Path, observer: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "_RETRY_DELAYS_S", (0.0, 0.0))
     failures = iter([True, True])
-    sync = store.os.fsync
+    sync = os.fsync
 
     def fails_twice(descriptor: int) -> None:
         if next(failures, False):
             full_disk(descriptor)
         sync(descriptor)
 
-    monkeypatch.setattr(store.os, "fsync", fails_twice)
+    monkeypatch.setattr(os, "fsync", fails_twice)
     with writing(tmp_path, observer) as log:
         log.offer(record("r1"))
     assert ids(tmp_path) == ["r1"]

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
 from redraft.errors import ConfigError
 from redraft.models.loader import load_model, weights_fingerprint
 from redraft.models.ref import ModelKind, ModelRef
 from redraft.models.tokenizer import check_compatible, load_tokenizer
 from redraft_training.__main__ import app
 from redraft_training.student.prune import DRAFT_CONFIG, evenly_spaced_layers, init_draft, prune_layers
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
-
 from tests.fakes import ARCHITECTURES, save_tiny, tiny_model
 
 IDS = torch.arange(3, 43)[None]  # longer than the sliding window

@@ -1,0 +1,1 @@
+"""The draft registry: manifests, atomic publish, pin, roll back."""
