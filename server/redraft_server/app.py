@@ -25,6 +25,8 @@ from redraft_server.rpc.model_service import ModelServicer
 from redraft_server.rpc.text import TextService, TextTokenizer
 from redraft_server.rpc.tokenizer_service import TokenizerServicer
 
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 _log = logging.getLogger("redraft.app")
 
 
@@ -139,12 +141,16 @@ async def serve(app: App, on_started: Callable[[App], None]) -> None:
         _log.info("signal", extra={"signal": number.name})
         (hurry if asked_to_end.is_set() else asked_to_end).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _END_SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
-    async with app:
-        on_started(app)
-        await asked_to_end.wait()
-        await app.drain(hurry)
+    try:
+        async with app:
+            on_started(app)
+            await asked_to_end.wait()
+            await app.drain(hurry)
+    finally:
+        for number in _END_SIGNALS:
+            loop.remove_signal_handler(number)
 
 
 @asynccontextmanager

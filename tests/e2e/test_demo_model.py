@@ -21,6 +21,8 @@ from redraft_training.student.prune import init_draft
 pytestmark = pytest.mark.model
 
 DEMO = ModelRef.parse("demo")
+# Not any character: the vocabulary lacks some bytes of rare ones, which the tokenizer drops
+ALPHABET = "abz ABZ 019 .,!?\n\t'\"<|>{}_\u00e9\u00df\u0416\u4e2d\u6587\u20ac\U0001f600\U0001f44d"
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_chat_template_adds_the_system_turn(tokenizer: Tokenizer) -> None:
 
 
 @settings(deadline=None)
-@given(text=st.text(max_size=40), ids=st.lists(st.integers(0, 49151), max_size=40), size=st.integers(1, 5))
+@given(text=st.text(ALPHABET, max_size=40), ids=st.lists(st.integers(0, 49151), max_size=40), size=st.integers(1, 5))
 def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, text: str, ids: list[int], size: int) -> None:
     for sequence in (tokenizer.encode(text), ids):
         stream = tokenizer.detokenizer()
@@ -105,13 +107,11 @@ def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, text: str, ids:
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
-def test_second_conversion_is_found_not_made(tmp_path: Path) -> None:
+def test_second_conversion_is_found_not_made() -> None:
+    first, _ = convert_gguf(demo_gguf())
     lines: list[str] = []
-    first, _ = convert_gguf(demo_gguf(progress=lines.append), progress=lines.append)
     again, digest = convert_gguf(demo_gguf(progress=lines.append), progress=lines.append)
-    assert first == again
-    assert digest == DEMO_SHA256
-    assert not any("Converting" in line for line in lines[-1:])
+    assert (again, digest, lines) == (first, DEMO_SHA256, [])
 
 
 def test_first_draft_of_the_demo(tmp_path: Path, loaded: LoadedModel, tokenizer: Tokenizer) -> None:

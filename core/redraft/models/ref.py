@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -58,7 +59,7 @@ class ModelRef:
         if name == "demo":
             return cls(ModelKind.DEMO, "demo")
         is_path = name in (".", "..") or name.startswith(("/", "./", "../", "~"))
-        path = Path(name).expanduser() if is_path else Path(name)
+        path = Path(os.path.expanduser(name))  # leaves an unknown ~user as it is
         if name.lower().endswith(".gguf"):
             return cls(ModelKind.GGUF, str(path))
         if is_path or path.is_dir():
@@ -80,4 +81,6 @@ class ModelRef:
 
     def __str__(self) -> str:
         """The text that `parse` reads back, and that messages show."""
+        if self.kind is ModelKind.DIRECTORY and not re.match(r"/|\.\.?(/|$)", self.location):
+            return f"./{self.location}"  # a bare name would be read as a hub id
         return f"{self.location}@{self.revision}" if self.revision else self.location

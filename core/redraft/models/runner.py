@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from redraft.models.attention import ATTENTION_NAME, PagedContext, Segment
 from redraft.models.kv_cache import KVCache
+from redraft.models.packed import pack_linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class ModelRunner:
     """Runs chunks of many sequences in one forward pass.
 
     Args:
-        model: a decoder-only transformers model, in eval mode.
+        model: a decoder-only transformers model, in eval mode. The runner owns it from now on: its attention and, on a
+            CPU, its linear layers are replaced in place.
         num_blocks, block_size: size of the KV cache, shared block ids with every other runner of the engine.
         vocab_size: ids the tokenizer knows; logits of padding ids above it are cut off, so they are never drawn.
             A model with fewer logits than that gets -inf for the rest.
@@ -42,6 +44,7 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, *, num_blocks: int, block_size: int, vocab_size: int) -> None:
         model.set_attn_implementation(ATTENTION_NAME)
+        pack_linears(model)
         self.model = model
         self.num_blocks = num_blocks
         self.block_size = block_size

@@ -23,7 +23,7 @@ from typing import Literal, TextIO
 EXTRA_FIELDS = frozenset(
     {
         *("request_id", "model", "draft_version", "proposer", "method", "code", "finish_reason"),
-        *("prompt_tokens", "generation_tokens", "cached_prompt_tokens", "sequences", "blocks"),
+        *("prompt_tokens", "generation_tokens", "cached_prompt_tokens", "num_sequences", "blocks"),
         *("address", "path", "shard", "records", "bytes", "reason", "count", "seconds", "signal"),
     }
 )

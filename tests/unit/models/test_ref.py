@@ -53,14 +53,10 @@ def test_nonsense_is_refused_with_the_accepted_forms(text: str) -> None:
         ModelRef.parse(text)
 
 
-@given(st.text(max_size=60))
+@given(st.text(max_size=60) | st.text("./~@a0-_", max_size=12))
 def test_any_text_parses_or_raises_model_error_and_round_trips(text: str) -> None:
     try:
         ref = ModelRef.parse(text)
     except ModelError:
         return
-    again = ModelRef.parse(str(ref))
-    if ref.kind is ModelKind.DIRECTORY:  # "./a" is shown as "a"
-        assert ref.location == str(Path(text.strip()).expanduser())
-    else:
-        assert again == ref
+    assert ModelRef.parse(str(ref)) == ref

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -195,6 +196,20 @@ def test_a_passing_failure_is_retried(tmp_path: Path, observer: Observer, monkey
         log.offer(record("r1"))
     assert ids(tmp_path) == ["r1"]
     assert observer.results == {"written": 1}
+
+
+def test_a_shard_that_cannot_be_encoded_is_counted(
+    tmp_path: Path, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(writer, "_RETRY_DELAYS_S", ())
+    monkeypatch.setattr(pq, "write_table", out_of_memory)
+    with writing(tmp_path, observer) as log:
+        assert log.offer(record())
+    assert observer.results == {"dropped": 1}
+    assert observer.reasons == {"write_error": 1}
 
 
 def test_a_root_that_is_a_file_is_a_drop_not_a_crash(
