@@ -206,6 +206,7 @@ def _parse_completion(completion: pb.Completion) -> t.Completion:
             expected_acceptance_sum=stats.expected_acceptance_sum,
             expected_acceptance_positions=stats.expected_acceptance_positions,
             verify_steps=stats.verify_steps,
+            truncated_tokens=stats.truncated_tokens,
         ),
         seed=completion.seed,
         coupling=parse_enum(t.Coupling, pb.Coupling, completion.coupling),

@@ -152,7 +152,7 @@ class Timings:
 class SpeculationStats:
     """What speculation did for a request, over all of its choices; fields as in generation.proto.
 
-    `usage.completion_tokens == accepted_tokens + verify_steps` holds for every finished request.
+    `usage.completion_tokens == accepted_tokens + verify_steps - truncated_tokens` holds for every finished request.
     """
 
     draft_version: str = ""
@@ -164,6 +164,7 @@ class SpeculationStats:
     expected_acceptance_sum: float = 0.0
     expected_acceptance_positions: int = 0
     verify_steps: int = 0
+    truncated_tokens: int = 0
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -60,7 +60,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private; a published directory is readable
+        for path in (temporary, *temporary.rglob("*")):  # made private; what is published is readable
+            path.chmod(0o755 if path.is_dir() else 0o644)
         try:
             temporary.rename(target)
         except OSError as error:

@@ -266,7 +266,7 @@ class Timings(_message.Message):
     def __init__(self, queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_to_first_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class SpeculationStats(_message.Message):
-    __slots__ = ("draft_version", "spec_steps", "draft_tokens", "accepted_tokens", "acceptance_histogram", "max_draft_tokens", "expected_acceptance_sum", "expected_acceptance_positions", "verify_steps")
+    __slots__ = ("draft_version", "spec_steps", "draft_tokens", "accepted_tokens", "acceptance_histogram", "max_draft_tokens", "expected_acceptance_sum", "expected_acceptance_positions", "verify_steps", "truncated_tokens")
     DRAFT_VERSION_FIELD_NUMBER: _ClassVar[int]
     SPEC_STEPS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +276,7 @@ class SpeculationStats(_message.Message):
     EXPECTED_ACCEPTANCE_SUM_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_ACCEPTANCE_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     VERIFY_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     draft_version: str
     spec_steps: int
     draft_tokens: int
@@ -285,7 +286,8 @@ class SpeculationStats(_message.Message):
     expected_acceptance_sum: float
     expected_acceptance_positions: int
     verify_steps: int
-    def __init__(self, draft_version: _Optional[str] = ..., spec_steps: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., acceptance_histogram: _Optional[_Iterable[int]] = ..., max_draft_tokens: _Optional[int] = ..., expected_acceptance_sum: _Optional[float] = ..., expected_acceptance_positions: _Optional[int] = ..., verify_steps: _Optional[int] = ...) -> None: ...
+    truncated_tokens: int
+    def __init__(self, draft_version: _Optional[str] = ..., spec_steps: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., acceptance_histogram: _Optional[_Iterable[int]] = ..., max_draft_tokens: _Optional[int] = ..., expected_acceptance_sum: _Optional[float] = ..., expected_acceptance_positions: _Optional[int] = ..., verify_steps: _Optional[int] = ..., truncated_tokens: _Optional[int] = ...) -> None: ...
 
 class StreamGenerateResponse(_message.Message):
     __slots__ = ("request_id", "deltas", "prompt_logprobs", "completion")

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from redraft.errors import ConfigError, UnsupportedModel
 from redraft.models.cache import Progress, atomic_directory, stderr_progress
-from redraft.models.loader import LoadedModel, load_model
+from redraft.models.loader import LoadedModel, load_model, read_config
 from redraft.models.ref import ModelRef
+from redraft.models.source import resolve_source
 from redraft.models.tokenizer import load_tokenizer
 
 DRAFT_CONFIG = "draft_config.json"
@@ -55,13 +56,13 @@ def init_draft(
     a bad choice of layers or an output that is not empty, and whatever `load_model` raises.
     """
     check_output(output)
-    loaded = load_model(target, dtype=None, progress=progress)
-    total = loaded.config.num_hidden_layers
+    total = read_config(resolve_source(target, progress=progress)).num_hidden_layers
     if layers is None:
         if num_layers is None:
             raise ConfigError("say which layers to keep: --layers 0,10,20,29 or --num-layers 4")
         layers = evenly_spaced_layers(num_layers, total)
     kept = check_layers(layers, total)
+    loaded = load_model(target, dtype=None, progress=progress)
     tokenizer = load_tokenizer(target, progress=progress)
     prune_layers(loaded.model, kept)
     progress(f"Writing {len(kept)} of {total} layers ({parameters(loaded.model):,} parameters) to {output}")

@@ -132,7 +132,7 @@ class RequestFinished:
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int
-    seed: int | None
+    seed: int  # the request's, or the one the engine drew
     speculation: SpeculationStats
     queue_s: float
     time_to_first_token_s: float | None  # None: no token was produced

@@ -101,7 +101,7 @@ class Delivery:
             prompt_tokens=len(spec.prompt_token_ids),
             completion_tokens=sum(c.num_final_tokens for c in request.completions),
             cached_prompt_tokens=request.cached_prompt_tokens,
-            seed=spec.sampling.seed,
+            seed=request.seed,
             speculation=request.speculation_stats(limit if spec.speculation else 0),
             queue_s=scheduled - request.arrived,
             time_to_first_token_s=None if request.first_token is None else request.first_token - request.arrived,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -90,6 +91,12 @@ class Request:
     cached_prompt_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     error: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = self.spec.sampling.seed
+        # reported back: with it (and the coupling set) an unseeded completion can be had again
+        self.seed = secrets.randbits(64) if given is None else given
 
     @property
     def is_finished(self) -> bool:
@@ -101,7 +108,7 @@ class Request:
             token_ids=list(prompt),
             num_prompt_tokens=len(prompt),
             params=self.spec.sampling,
-            key=sequence_key(self.spec.sampling.seed, index),
+            key=sequence_key(self.seed, index),
             min_new_tokens=self.spec.stopping.min_new_tokens,
             end_token_ids=end_token_ids,
         )

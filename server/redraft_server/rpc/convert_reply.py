@@ -189,4 +189,5 @@ def _speculation(stats: SpeculationStats) -> pb.SpeculationStats:
         expected_acceptance_sum=stats.expected_acceptance_sum,
         expected_acceptance_positions=stats.expected_acceptance_positions,
         verify_steps=stats.verify_steps,
+        truncated_tokens=stats.truncated_tokens,
     )

@@ -208,9 +208,11 @@ def test_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         fail_halfway()
     assert list(tmp_path.iterdir()) == []
     with cache.atomic_directory(tmp_path / "a") as temporary:
-        (temporary / "file").touch()
+        (temporary / "file").touch(mode=0o600)
         assert not (tmp_path / "a").exists()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "a" / "file").stat().st_mode & 0o777 == 0o644
     with pytest.raises(FileExistsError), cache.atomic_directory(tmp_path / "a") as temporary:
         (temporary / "other").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

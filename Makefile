@@ -1,0 +1,60 @@
+# redraft: every target sets up what it needs (virtual environment, pinned packages, demo model) and can be repeated.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DRAFT  := build/demo-draft
+SOURCES := core server draft_training clients/python tests benchmarks scripts docs
+
+.DEFAULT_GOAL := help
+.PHONY: help install model demo test test-slow check format proto bench clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## virtual environment with pinned dependencies, project installed in place
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned dependencies (a minute or two; torch is the large one) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --quiet -c constraints.txt "torch" -e ".[dev]"
+	@touch $@
+
+model: $(DRAFT)/model.safetensors  ## demo target (downloaded once, 88 MB) and its pruned draft
+
+$(DRAFT)/model.safetensors: $(STAMP)
+	@$(BIN)/python -m redraft.models.demo
+	@rm -rf $(DRAFT)
+	@$(BIN)/redraft-train init --target demo --layers 0,10,20,29 --output $(DRAFT)
+
+demo: model  ## serve the demo model, stream prompts with and without speculation, print the figures
+	@$(BIN)/python scripts/demo.py --draft $(DRAFT) --output build/demo.json
+
+test: model  ## the whole suite except what is marked slow (about 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: model  ## the long exactness runs too
+	@$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)  ## format, lint, types, import layers, proto lint and drift
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@cd proto && ../$(BIN)/buf lint
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && scripts/proto.sh "$$fresh" && \
+	  diff -r -x __init__.py -x __pycache__ "$$fresh/redraft/v1" core/redraft/v1 || { echo "stubs differ from proto/: run make proto"; exit 1; }
+
+format: $(STAMP)  ## let ruff reformat and fix
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+proto: $(STAMP)  ## regenerate the stubs in core/redraft/v1
+	@scripts/proto.sh
+
+bench: model  ## redraft against transformers on this machine, into benchmarks/results
+	@$(BIN)/python benchmarks/serving.py --draft $(DRAFT)
+
+clean:  ## remove what the targets made, the virtual environment included
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
