@@ -29,7 +29,7 @@ $(DRAFT)/model.safetensors: $(STAMP)
 	@$(BIN)/redraft-train init --target demo --layers 0,10,20,29 --output $(DRAFT)
 
 demo: model  ## serve the demo model, stream prompts with and without speculation, print the figures
-	@$(BIN)/python scripts/demo.py --draft $(DRAFT) --output build/demo.json
+	@$(BIN)/python -m scripts.demo --draft $(DRAFT) --output build/demo.json
 
 test: model  ## the whole suite except what is marked slow (about 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow"
@@ -54,7 +54,7 @@ proto: $(STAMP)  ## regenerate the stubs in core/redraft/v1
 	@scripts/proto.sh
 
 bench: model  ## redraft against transformers on this machine, into benchmarks/results
-	@$(BIN)/python benchmarks/serving.py --draft $(DRAFT)
+	@$(BIN)/python -m benchmarks.serving --draft $(DRAFT)
 
 clean:  ## remove what the targets made, the virtual environment included
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

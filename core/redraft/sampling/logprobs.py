@@ -36,7 +36,7 @@ def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> tuple[
     own = logits.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
     ranks = ((logits > own).sum(dim=1) + 1).tolist()
     scores = (own.squeeze(1) - normaliser).tolist()
-    best = logits.topk(num_top, dim=1)
+    best = logits.topk(min(num_top, logits.shape[1]), dim=1)
     top_ids = best.indices.tolist()
     top_scores = (best.values - normaliser.unsqueeze(1)).tolist()
     return tuple(

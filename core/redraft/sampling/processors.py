@@ -16,6 +16,7 @@ from torch import Tensor
 
 from redraft.sampling.params import SamplingParams
 
+_BANNED = torch.finfo(torch.float32).min  # finite: a row with everything banned is still a distribution
 _FIRST_TOP = 512  # candidates looked at before a nucleus needs the whole vocabulary sorted
 
 
@@ -24,7 +25,8 @@ class SamplingRow:
     """What one row of logits is processed with.
 
     `prompt_ids` and `output_ids` are the tokens before the row's position (drafted ones included); they are read only
-    if the parameters have penalties. `banned_ids` get probability 0 (end-of-text before `min_new_tokens`).
+    if the parameters have penalties. `banned_ids` get probability 0 (end-of-text before `min_new_tokens`), unless they
+    are all there is: then they are equally likely.
     """
 
     params: SamplingParams
@@ -41,7 +43,8 @@ def probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         rows: one description per row.
 
     Returns:
-        [rows, vocab_size] float32, each row sums to 1.
+        [rows, vocab_size] float32, each row sums to 1. A sampled row with NaN or +inf among its logits, or with
+        nothing but -inf, is NaN throughout; the other rows are not touched by it.
     """
     assert logits.shape[0] == len(rows)
     scores = logits.float()
@@ -75,7 +78,7 @@ def _adjust_row_(scores: Tensor, row: SamplingRow) -> None:
         biases = torch.tensor([bias for _, bias in params.logit_bias], device=scores.device)
         scores.index_add_(0, _ids([token for token, _ in params.logit_bias], scores), biases)
     if row.banned_ids:
-        scores[_ids(row.banned_ids, scores)] = -torch.inf
+        scores[_ids(row.banned_ids, scores)] = _BANNED
 
 
 def _ids(ids: Sequence[int] | set[int] | Counter[int] | tuple[int, ...], like: Tensor) -> Tensor:
@@ -122,13 +125,14 @@ def _cutoffs(ranked: Tensor, params: Sequence[SamplingParams], vocab_size: int) 
     """
     width = ranked.shape[1]
     top_k = torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=ranked.device)
-    top_p = _column([p.top_p for p in params], ranked).double()
+    top_p = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=ranked.device)
     column = torch.arange(width, device=ranked.device)
     in_top_k = column < top_k.unsqueeze(1)
     mass = torch.where(in_top_k, ranked, 0.0).double().cumsum(dim=1)
-    # without top-k the whole row counts, also the part of it beyond `width`
-    total = torch.where(top_k.unsqueeze(1) <= width, mass[:, -1:], 1.0)
-    enough = mass >= top_p * total
+    # without top-k the whole row counts, also what lies beyond `width`; the same number whatever `width` is, because
+    # that depends on the other rows
+    total = torch.where(top_k.unsqueeze(1) < vocab_size, mass[:, -1:], 1.0)
+    enough = (mass >= top_p * total) & (top_p < 1.0)
     last = torch.where(enough.any(dim=1), enough.int().argmax(dim=1), width - 1)
     last = torch.minimum(last, top_k.clamp(max=width) - 1)
     nucleus = ranked.gather(1, last.unsqueeze(1)).squeeze(1)

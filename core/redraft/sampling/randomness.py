@@ -67,9 +67,9 @@ def row_bits(keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
 
 
 def uniforms(keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-    """[rows] float64 in the open interval (0, 1), 53 random bits each."""
-    bits = _shift_right(row_bits(keys, positions, purpose), 11, 64)
-    return (bits.double() + 0.5) * 2.0**-53
+    """[rows] float64 in the open interval (0, 1), 52 random bits each: with 53, adding a half could round up to 1."""
+    bits = _shift_right(row_bits(keys, positions, purpose), 12, 64)
+    return (bits.double() + 0.5) * 2.0**-52
 
 
 @lru_cache(maxsize=8)

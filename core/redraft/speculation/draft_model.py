@@ -109,6 +109,7 @@ class DraftModelProposer:
                 continue
             if state.draft_epoch != self.epoch:
                 state.num_draft_computed, state.draft_epoch = 0, self.epoch
+                state.num_draft_marked_blocks = 0  # they are marked as another draft's
             missing = len(state.token_ids) - state.num_draft_computed
             if missing <= budget:
                 ready.append(index)

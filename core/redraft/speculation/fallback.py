@@ -29,8 +29,9 @@ class FallbackProposer:
             for index, proposal in zip(open_indices, part.sequences, strict=True):
                 if proposal.token_ids:
                     chosen[index] = _shift(proposal, num_rows)
-            probs.append(part.probs)
-            num_rows += len(part.probs)
+            if len(part.probs):  # a proposer without a model says nothing about the device
+                probs.append(part.probs)
+                num_rows += len(part.probs)
             open_indices = [index for index in open_indices if not chosen[index].token_ids]
         return Proposal(tuple(chosen), torch.cat(probs)) if probs else Proposal(tuple(chosen), torch.empty(0, 0))
 

@@ -99,12 +99,15 @@ class LengthController:
     def choose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """k per sequence, at most limits[i]."""
         rates = [self._rate(state) for state in states]
-        best_k, best = 0, self._goodput(rates, limits, 0)
-        for k in range(1, max(limits, default=0) + 1):
-            goodput = self._goodput(rates, limits, k)
-            if goodput > best * (1.0 if k == self._last_k else _HYSTERESIS):
-                best_k, best = k, goodput
-        self._last_k = best_k
+        longest = max(limits, default=0)
+        if longest == 0:
+            return [0] * len(limits)
+        goodputs = [self._goodput(rates, limits, k) for k in range(longest + 1)]
+        best_k = max(range(longest + 1), key=goodputs.__getitem__)
+        stay = min(self._last_k, longest)
+        if goodputs[best_k] <= _HYSTERESIS * goodputs[stay]:
+            best_k = stay
+        self._last_k, best = best_k, goodputs[best_k]
         if best_k == 0:
             return self._probe(limits)
         self._idle_steps = 0

@@ -36,15 +36,14 @@ class Proposal:
     sequences: tuple[SequenceProposal, ...]
     probs: Tensor  # [model-proposed tokens, vocab_size] float32
 
-    def drafted_tokens(self, order: Sequence[int]) -> DraftedTokens:
-        """The tokens of the sequences listed in `order`, flattened for the couplings."""
+    def drafted_tokens(self, order: Sequence[int], device: torch.device | str) -> DraftedTokens:
+        """The tokens of the sequences listed in `order`, flattened for the couplings, on the target's device."""
         tokens = [token for index in order for token in self.sequences[index].token_ids]
         rows = [row for index in order for row in self.sequences[index].prob_rows]
-        device = self.probs.device
         return DraftedTokens(
             torch.tensor(tokens, dtype=torch.int64, device=device),
             torch.tensor(rows, dtype=torch.int64, device=device),
-            self.probs,
+            self.probs.to(device),
         )
 
 

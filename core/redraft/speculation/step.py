@@ -169,7 +169,7 @@ def _accept(work: Sequence[Work], proposal: Proposal, rows: Sequence[Tensor]) ->
         ]
         probs = probabilities(logits, sampling_rows)
         layout = Layout.of([len(d) for d in drafts], probs.device)
-        drafted = proposal.drafted_tokens(members)
+        drafted = proposal.drafted_tokens(members, probs.device)
         verdict = _couple(coupling, probs, drafted, layout, [work[i].state for i in members])
         alphas = expected_acceptance(probs, drafted, layout).tolist()
         start = 0

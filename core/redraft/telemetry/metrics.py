@@ -28,6 +28,12 @@ Prefix cache hits, as a share of prompt tokens::
 
     rate(redraft_cached_prompt_tokens_total[5m]) / rate(redraft_prompt_tokens_total[5m])
 
+What a reader waits between two pieces of text, 95th percentile. As in vLLM, a step that emits several tokens
+is one gap, not several short ones: this is how the stream stutters, and `redraft_time_per_output_token_seconds`
+is how fast it is::
+
+    histogram_quantile(0.95, sum by (le) (rate(redraft_inter_token_latency_seconds_bucket[5m])))
+
 The sum and the count of expected acceptance end in `_sum_total` and `_positions_total` because the bare
 suffixes `_sum` and `_count` belong to histograms: `promtool check metrics` refuses them elsewhere.
 """
@@ -133,6 +139,11 @@ class _StepMetrics:
             STEP_SECONDS_BUCKETS,
         )
         self._sequences = histogram("step_sequences", "Sequences in one step.", [2.0**i for i in range(10)])
+        self._gaps = histogram(
+            "inter_token_latency_seconds",
+            "Time between two deliveries of one sequence; a delivery brings the tokens of one step.",
+            _TOKEN_SECONDS_BUCKETS,
+        )
         self._tokens = histogram("step_tokens", "Positions in one target forward.", [2.0**i for i in range(15)])
         skipped = Counter(
             "redraft_spec_decode_skipped_steps_total",
@@ -159,6 +170,8 @@ class _StepMetrics:
         self._verify.observe(step.verify_seconds)
         self._sequences.observe(step.num_sequences)
         self._tokens.observe(step.num_tokens)
+        for seconds in step.inter_token_seconds:
+            self._gaps.observe(seconds)
         for reason, count in step.skipped.items():
             self._skipped(reason).inc(count)
 

@@ -5,7 +5,7 @@ Plain values only, so that the reporting code needs no Prometheus and a test can
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,6 +45,9 @@ class StepObservation:
     """Wall time of drafting per draft version; a version that drafted nothing in this step is left out."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Sequences that decoded without a draft, by reason (`SKIP_REASONS` in `metrics`)."""
+    inter_token_seconds: Sequence[float] = ()
+    """For each sequence that emitted, and not for the first time: the time since it last did. One gap per
+    delivery, however many tokens it brought."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from redraft.speculation.step import StepOutput
@@ -9,6 +10,8 @@ from redraft_server.engine.api import ChoiceDelta, EngineEvent, FinishReason, Re
 from redraft_server.engine.recorder import Recorder
 from redraft_server.engine.request import Completion, Request, VerifiedStep
 from redraft_server.engine.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 class Delivery:
@@ -28,15 +31,15 @@ class Delivery:
         self._on_finished = on_finished
         self._pending: dict[Request, list[EngineEvent]] = {}
 
-    def deliver(self, completion: Completion, output: StepOutput, prompt_start: int) -> None:
-        """Apply one sequence's step. `prompt_start`: its num_computed before the step."""
+    def deliver(self, completion: Completion, output: StepOutput, prompt_start: int, now: float) -> None:
+        """Apply one sequence's step, which ended at `now`. `prompt_start`: its num_computed before the step."""
         request = completion.request
         for offset, score in enumerate(output.prompt_logprobs):
             request.prompt_logprobs[prompt_start + 1 + offset] = score
         if not output.emitted:
             return
         if request.first_token is None:
-            request.first_token = self._clock()
+            request.first_token = now
         completion.counters.observe(output)
         self._keep_for_record(completion, output)
         delta = completion.output.push(output.emitted)
@@ -67,7 +70,13 @@ class Delivery:
         """Hand every request the events gathered since the last call, in one piece."""
         pending, self._pending = self._pending, {}
         for request, events in pending.items():
-            request.sink(events)
+            try:
+                request.sink(events)
+            except Exception:
+                # Its reader is gone or broken, and only its own: nobody else's stream may end for it.
+                logger.exception("a request's sink failed", extra={"request_id": request.spec.request_id})
+                request.sink = _discard
+                self.abort(request, FinishReason.CANCELLED)
 
     def _emit(self, request: Request, event: EngineEvent) -> None:
         self._pending.setdefault(request, []).append(event)
@@ -111,3 +120,7 @@ class Delivery:
             prompt_logprobs=None if spec.prompt_logprobs is None else tuple(request.prompt_logprobs),
             error=request.error,
         )
+
+
+def _discard(events: list[EngineEvent]) -> None:
+    """The sink of a request whose own has failed."""

@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _MAX_CONSECUTIVE_FAULTS = 3
-_IDLE_WAIT_S = 0.5  # how late a deadline is noticed while nothing runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +70,10 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._live: dict[str, Request] = {}  # guarded by _lock: read on submit, changed on both sides
-        self._unavailable: EngineUnavailable | None = None
-        self._stopping = False
+        self._unavailable: tuple[str, str] | None = None  # reason and message of EngineUnavailable
+        self._stopping = False  # guarded by _lock
         self._faults = 0
-        self._service_seconds = 0.0  # moving average of a request's time from first step to end
+        self._service_seconds: float | None = None  # moving average of a request's time from first step to end
         self._thread = threading.Thread(target=self._run, name="redraft-engine", daemon=True)
 
     # -- any thread ------------------------------------------------------------------------------------------
@@ -104,21 +103,21 @@ class Engine:
         entry = Request(request, sink, self._clock())
         with self._lock:
             if self._unavailable is not None:
-                raise self._unavailable
+                raise EngineUnavailable(*self._unavailable)
             if request.request_id in self._live:
                 raise DuplicateRequestId(f"a request with id {request.request_id!r} is in progress")
             if len(self._live) >= self._parts.max_waiting + self._parts.limits.max_running:
                 wait = max(0.1, self.estimated_queue_delay_s() / 4)
                 raise QueueFull(f"{len(self._live)} requests in progress or waiting", retry_after_s=wait)
             self._live[request.request_id] = entry
-        self._commands.put(lambda: self._begin(entry))
+            self._commands.put(lambda: self._begin(entry))  # under the lock: before any cancel of this id
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         self._commands.put(lambda: self._cancel(request_id, reason))
 
     def estimated_queue_delay_s(self) -> float:
         ahead = len(self._live) - self._parts.limits.max_running
-        if ahead < 0:
+        if ahead < 0 or self._service_seconds is None:
             return 0.0
         return self._service_seconds * (ahead + 1) / self._parts.limits.max_running
 
@@ -127,7 +126,7 @@ class Engine:
 
     def drain(self) -> None:
         with self._lock:
-            self._unavailable = EngineUnavailable("SERVER_DRAINING", "the server is shutting down")
+            self._unavailable = ("SERVER_DRAINING", "the server is shutting down")
 
     def stop(self, timeout_s: float) -> None:
         self.drain()
@@ -136,7 +135,10 @@ class Engine:
             self._thread.join(timeout_s)
 
     def between_steps(self, action: Callable[[], T]) -> Future[T]:
-        """Run `action` on the engine thread while no step is under way."""
+        """Run `action` on the engine thread while no step is under way.
+
+        The future fails with EngineUnavailable if the engine has stopped.
+        """
         future: Future[T] = Future()
 
         def run() -> None:
@@ -145,7 +147,11 @@ class Engine:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._commands.put(run)
+        with self._lock:
+            if self._stopping:
+                future.set_exception(EngineUnavailable("SERVER_DRAINING", "the engine has stopped"))
+            else:
+                self._commands.put(run)
         return future
 
     def replace_proposer(self, proposer: Proposer | None, draft_epoch: int) -> Future[None]:
@@ -163,19 +169,26 @@ class Engine:
     # -- engine thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping:
+        try:
+            while not self._stopping:
+                self._take_commands()
+                self._expire()
+                scheduled = self.scheduler.schedule()
+                if scheduled:
+                    self._step(scheduled)
+                self._delivery.flush()
+                self._report_load()
+        except Exception:
+            # Outside a step nothing says whose fault it is: end every request rather than leave it without a reply.
+            logger.exception("engine loop failed")
+            self._die("the engine failed; restart the server")
+            self._commands.put(self._stop)
             self._take_commands()
-            self._expire()
-            scheduled = self.scheduler.schedule()
-            if scheduled:
-                self._step(scheduled)
-            self._delivery.flush()
-            self._report_load()
 
     def _take_commands(self) -> None:
         idle = not self.scheduler.running and not len(self.scheduler.waiting)
         try:
-            command = self._commands.get(timeout=_IDLE_WAIT_S) if idle else self._commands.get_nowait()
+            command = self._commands.get(block=idle)
             while True:
                 command()
                 command = self._commands.get_nowait()
@@ -190,18 +203,28 @@ class Engine:
                 s.completion.request.first_scheduled = now
         try:
             result = speculative_step([s.work for s in scheduled], self._parts.target, self._proposer)
+            self._deliver(scheduled, result, prompt_starts)
         except Exception:
             self._fault(scheduled)
-            return
-        self._faults = 0
+        else:
+            self._faults = 0
+
+    def _deliver(self, scheduled: list[Scheduled], result: StepResult, prompt_starts: list[int]) -> None:
         self._parts.target_cost.observe(result.num_target_tokens, result.verify_seconds)
+        now = self._clock()
+        gaps: list[float] = []
         for s, output, start in zip(scheduled, result.outputs, prompt_starts, strict=True):
             self.scheduler.settle(s.completion)
             is_first = s.completion.request.first_token is None
-            self._delivery.deliver(s.completion, output, start)
-            if is_first and output.emitted:
+            self._delivery.deliver(s.completion, output, start, now)
+            if not output.emitted:
+                continue
+            if is_first:
                 self._begin_siblings(s.completion)
-        self._report_step(scheduled, result)
+            if (gap := s.completion.note_delivery(now)) is not None:
+                gaps.append(gap)
+        if self._parts.metrics is not None:
+            self._parts.metrics.observe_step(step_observation(scheduled, result, gaps))
 
     def _fault(self, scheduled: list[Scheduled]) -> None:
         """A bug or an exhausted device: the step's requests end, the engine goes on; three in a row end it."""
@@ -210,9 +233,12 @@ class Engine:
         for request in {s.completion.request for s in scheduled}:
             self._delivery.abort(request, FinishReason.ERROR, "the engine failed in a step")
         if self._faults >= _MAX_CONSECUTIVE_FAULTS:
-            with self._lock:
-                self._unavailable = EngineUnavailable("ENGINE_DEAD", "the engine failed repeatedly; restart the server")
-            self._abort_all(FinishReason.ERROR, "the engine failed repeatedly")
+            self._die("the engine failed repeatedly; restart the server")
+
+    def _die(self, message: str) -> None:
+        with self._lock:
+            self._unavailable = ("ENGINE_DEAD", message)
+        self._abort_all(FinishReason.ERROR, "the engine failed")
 
     def _check_size(self, request: EngineRequest) -> None:
         limits, pool = self._parts.limits, self._parts.pool
@@ -223,6 +249,8 @@ class Engine:
             raise RequestTooLarge("n", f"n is {request.n}, the server runs {limits.max_running} sequences at once")
 
     def _begin(self, request: Request) -> None:
+        if request.completions:
+            return  # `_abort_all` came first
         spec = request.spec
         if spec.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(spec.prompt_token_ids)
@@ -252,12 +280,16 @@ class Engine:
 
     def _expire(self) -> None:
         now = self._clock()
-        for request in list(self._live.values()):
-            if request.spec.deadline is not None and request.spec.deadline <= now and request.completions:
+        for request in self._live_requests():
+            if request.spec.deadline is not None and request.spec.deadline <= now:
                 self._delivery.abort(request, FinishReason.DEADLINE)
 
+    def _live_requests(self) -> list[Request]:
+        with self._lock:
+            return list(self._live.values())
+
     def _abort_all(self, reason: FinishReason, error: str | None = None) -> None:
-        for request in list(self._live.values()):
+        for request in self._live_requests():
             if not request.completions:
                 self._begin(request)  # its command is still queued: it must get its events all the same
             self._delivery.abort(request, reason, error)
@@ -265,18 +297,16 @@ class Engine:
 
     def _stop(self) -> None:
         self._abort_all(FinishReason.SHUTDOWN)
-        self._stopping = True
+        with self._lock:
+            self._stopping = True
 
     def _forget(self, request: Request) -> None:
         with self._lock:
             self._live.pop(request.spec.request_id, None)
         if request.first_scheduled is not None:
             served = self._clock() - request.first_scheduled
-            self._service_seconds += 0.1 * (served - self._service_seconds)
-
-    def _report_step(self, scheduled: list[Scheduled], result: StepResult) -> None:
-        if self._parts.metrics is not None:
-            self._parts.metrics.observe_step(step_observation(scheduled, result))
+            old = self._service_seconds
+            self._service_seconds = served if old is None else old + 0.1 * (served - old)
 
     def _report_load(self) -> None:
         if self._parts.metrics is None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
+from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.step import StepResult
 from redraft.telemetry.observations import SequenceStep, StepObservation
 from redraft_server.engine.scheduler import Scheduled
 
 
-def step_observation(scheduled: list[Scheduled], result: StepResult) -> StepObservation:
+def step_observation(scheduled: list[Scheduled], result: StepResult, gaps: Sequence[float]) -> StepObservation:
+    """`gaps`: seconds between the deliveries of each sequence that has had one before."""
     sequences: list[SequenceStep] = []
     skipped: Counter[str] = Counter()
-    versions: set[str] = set()
+    by_model: Counter[str] = Counter()  # drafted tokens by version
+    by_lookup: Counter[str] = Counter()
     for s, output in zip(scheduled, result.outputs, strict=True):
         if not output.emitted:
             continue
@@ -27,7 +31,8 @@ def step_observation(scheduled: list[Scheduled], result: StepResult) -> StepObse
             )
         )
         if drafted:
-            versions.add(output.proposal.draft_version)
+            from_model = output.proposal.proposer == DraftModelProposer.name
+            (by_model if from_model else by_lookup)[output.proposal.draft_version] += drafted
         else:
             skipped["no_draft" if s.work.max_draft else "disabled"] += 1
     return StepObservation(
@@ -35,6 +40,12 @@ def step_observation(scheduled: list[Scheduled], result: StepResult) -> StepObse
         verify_seconds=result.verify_seconds,
         num_sequences=len(scheduled),
         num_tokens=result.num_target_tokens,
-        draft_seconds=dict.fromkeys(versions, result.draft_seconds) if len(versions) == 1 else {},
+        draft_seconds=_share(result.draft_seconds, by_model or by_lookup),
         skipped=skipped,
+        inter_token_seconds=tuple(gaps),
     )
+
+
+def _share(seconds: float, drafted: Counter[str]) -> dict[str, float]:
+    """Drafting time by version. Beside a draft model, looking n-grams up takes no time worth telling apart."""
+    return {version: seconds * count / drafted.total() for version, count in drafted.items()}

@@ -74,10 +74,17 @@ class Completion:
     counters: Counters = field(default_factory=Counters)
     steps: list[VerifiedStep] = field(default_factory=list)
     num_final_tokens: int = 0  # output tokens before the end; the state may hold more
+    last_delivery: float | None = None
 
     @property
     def num_left(self) -> int:
         return self.max_new_tokens - self.state.num_output_tokens
+
+    def note_delivery(self, now: float) -> float | None:
+        """Tokens were delivered: seconds since the ones before, None for the first."""
+        gap = None if self.last_delivery is None else now - self.last_delivery
+        self.last_delivery = now
+        return gap
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,1 @@
+"""Developer tools: the demo and what it shares with tests and benchmarks."""
