@@ -14,7 +14,7 @@ help:  ## list the targets
 
 install: $(STAMP)  ## virtual environment with pinned dependencies, project installed in place
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py core/redraft/kernels/cpu.c
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned dependencies (a minute or two; torch is the large one) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+
 from redraft_server.config import ServerConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"

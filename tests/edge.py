@@ -9,12 +9,12 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 from prometheus_client import CollectorRegistry
+
 from redraft.telemetry.metrics import ServerMetrics
 from redraft.v1 import generation_pb2 as pb
 from redraft.v1 import generation_pb2_grpc
 from redraft_server.app import App
 from redraft_server.config import GrpcConfig, MetricsConfig, ServerConfig
-
 from tests.fake_engine import FakeEngine
 
 
@@ -69,7 +69,7 @@ def limited(tokens: int, **parts: Any) -> pb.Generation:
 
 def details_of(error: grpc.aio.AioRpcError) -> dict[str, Any]:
     """The google.rpc details of a failed call, by message name."""
-    trailers = {key: value for key, value in error.trailing_metadata() or ()}
+    trailers = dict(error.trailing_metadata() or ())
     packed = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     assert packed.code == error.code().value[0]
     found = {}

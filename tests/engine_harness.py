@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -52,6 +53,7 @@ class EngineSpec:
     block_size: int = 4
     max_running: int = 16
     max_batch_tokens: int = 64
+    max_catch_up: int = 16
     max_waiting: int = 256
     prefix_cache: bool = True
     adaptive: bool = False
@@ -104,7 +106,11 @@ def make_proposer(spec: EngineSpec, target_cost: StepCost, epoch: int = 0) -> Pr
         runner = make_runner(tiny_model(spec.arch, vocab_size=spec.vocab_size, seed=seed), spec)
         version = f"draft-{seed}"
         return DraftModelProposer(
-            runner, version=version, epoch=epoch, max_catch_up=16, length=length("draft_model", StepCost())
+            runner,
+            version=version,
+            epoch=epoch,
+            max_catch_up=spec.max_catch_up,
+            length=length("draft_model", StepCost()),
         )
 
     def ngram() -> Proposer:
@@ -154,6 +160,7 @@ def running_engine(
     sink: RecordSink | None = None,
     registry: CollectorRegistry | None = None,
     start: bool = True,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Engine]:
     """An engine that is stopped at the end; afterwards all its blocks must be free."""
     tokenizer = Tokenizer(tiny_tokenizer(spec.vocab_size))
@@ -177,7 +184,8 @@ def running_engine(
             max_waiting=spec.max_waiting,
             target_cost=target_cost,
             metrics=metrics,
-            recorder=None if sink is None else Recorder(sink, info),
+            recorder=None if sink is None else Recorder(sink, info, metrics),
+            clock=clock,
         )
     )
     if start:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from redraft.errors import ChatTemplateMissing
-
 from redraft_server.engine.api import (
     ChoiceDelta,
     DuplicateRequestId,
@@ -240,9 +239,7 @@ class FakeEngine:
             matched_stop=stop,
         )
 
-    def _finish(
-        self, live: _Live, reason: FinishReason, ids: Sequence[int] = (), texts: Sequence[str] = ()
-    ) -> None:
+    def _finish(self, live: _Live, reason: FinishReason, ids: Sequence[int] = (), texts: Sequence[str] = ()) -> None:
         request = live.request
         prompt = request.prompt_token_ids
         count = request.prompt_logprobs

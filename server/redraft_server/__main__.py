@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 import uvloop
+
 from redraft.errors import ConfigError, RedraftError
 from redraft.telemetry.logging import configure_logging
-
 from redraft_server.config import ModelConfig
 from redraft_server.settings import PROGRAM, ConfigErrors, load_config, to_yaml
 

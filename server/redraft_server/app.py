@@ -11,19 +11,21 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from prometheus_client import CollectorRegistry, ProcessCollector
+
 from redraft.errors import ConfigError
 from redraft.telemetry.exporter import MetricsExporter
 from redraft.telemetry.metrics import ServerMetrics
 from redraft.v1 import draft_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
-
 from redraft_server.config import ServerConfig
 from redraft_server.engine.api import EngineClient
 from redraft_server.rpc import lifecycle
 from redraft_server.rpc.draft_service import DraftServicer
 from redraft_server.rpc.generation import GenerationServicer
+from redraft_server.rpc.interceptors import RpcInterceptor
 from redraft_server.rpc.model_service import ModelServicer
 from redraft_server.rpc.text import TextService, TextTokenizer
 from redraft_server.rpc.tokenizer_service import TokenizerServicer
+from redraft_server.traffic_log import TrafficLog
 
 _END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -44,7 +46,12 @@ class App:
     """
 
     def __init__(
-        self, config: ServerConfig, engine: TextEngine, metrics: ServerMetrics, registry: CollectorRegistry
+        self,
+        config: ServerConfig,
+        engine: TextEngine,
+        metrics: ServerMetrics,
+        registry: CollectorRegistry,
+        traffic_log: TrafficLog | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -52,13 +59,15 @@ class App:
         self.metrics_address: str | None = None
         self._metrics = metrics
         self._registry = registry
+        self._traffic_log = traffic_log
         self._text = TextService(engine.tokenizer)
         self._health = lifecycle.HealthReporter(engine)
+        self._rpcs = RpcInterceptor(metrics)
         self._exporter: MetricsExporter | None = None
         self._draining = False
 
     async def __aenter__(self) -> Self:
-        self._server = lifecycle.create_server(self.config.grpc, self._metrics)
+        self._server = lifecycle.create_server(self.config.grpc, self._rpcs)
         try:
             await self._start()
         except BaseException:
@@ -74,8 +83,9 @@ class App:
     async def drain(self, hurry: asyncio.Event | None = None) -> None:
         """End gracefully, see `lifecycle.drain`. Setting `hurry` ends the waiting."""
         self._draining = True
-        drain_config = self.config.drain
-        await lifecycle.drain(self._server, self.engine, self._health, drain_config, hurry or asyncio.Event())
+        await lifecycle.drain(
+            self._server, self.engine, self._health, self._rpcs, self.config.drain, hurry or asyncio.Event()
+        )
 
     async def _start(self) -> None:
         config, engine, server = self.config, self.engine, self._server
@@ -93,6 +103,8 @@ class App:
             self._exporter = self._start_exporter()
             self.metrics_address = f"{config.metrics.host}:{self._exporter.port}"
         await server.start()
+        if self._traffic_log is not None:
+            self._traffic_log.start_retention()
 
     def _start_exporter(self) -> MetricsExporter:
         config = self.config.metrics
@@ -113,6 +125,8 @@ class App:
         self._draining = True
         await asyncio.to_thread(self.engine.stop, 1.0)
         await self._server.stop(None)
+        if self._traffic_log is not None:
+            await self._traffic_log.close()
         await self._health.close()
         self._text.close()
         if self._exporter is not None:
@@ -126,10 +140,16 @@ def build(config: ServerConfig) -> App:
         RedraftError: if a model cannot be used or a setting does not fit it.
     """
     # Imported here because it brings torch, for which `__main__` has to set the environment first.
+    from redraft.models.ref import ModelRef
+    from redraft.models.source import resolve_source
     from redraft_server.engine.build import build_engine
 
-    registry, metrics = _create_metrics(config)
-    return App(config, build_engine(config, metrics), metrics, registry)
+    target = resolve_source(ModelRef.parse(config.model.target), cache_dir=config.model.cache_dir)
+    registry, metrics = _create_metrics(config, target.name)
+    url = config.traffic_log.url
+    traffic_log = None if url is None else TrafficLog(url, config.traffic_log, metrics)
+    engine = build_engine(config, metrics, None if traffic_log is None else traffic_log.writer)
+    return App(config, engine, metrics, registry, traffic_log)
 
 
 async def serve(app: App, on_started: Callable[[App], None]) -> None:
@@ -156,13 +176,13 @@ async def serve(app: App, on_started: Callable[[App], None]) -> None:
 @asynccontextmanager
 async def running_server(config: ServerConfig, engine: TextEngine) -> AsyncIterator[str]:
     """A server around a given engine, for tests and embedding; yields its address. Leaving ends it at once."""
-    registry, metrics = _create_metrics(config)
+    registry, metrics = _create_metrics(config, engine.info.model)
     async with App(config, engine, metrics, registry) as app:
         yield app.address
 
 
-def _create_metrics(config: ServerConfig) -> tuple[CollectorRegistry, ServerMetrics]:
+def _create_metrics(config: ServerConfig, model: str) -> tuple[CollectorRegistry, ServerMetrics]:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     longest_draft = max(1, config.speculation.num_speculative_tokens)
-    return registry, ServerMetrics(registry, config.model.target, max_draft_tokens=longest_draft)
+    return registry, ServerMetrics(registry, model, max_draft_tokens=longest_draft)

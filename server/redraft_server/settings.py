@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict, SettingsError
-from redraft.errors import ConfigError
 
+from redraft.errors import ConfigError
 from redraft_server.config import ServerConfig
 
 PROGRAM = "redraft-server"

@@ -18,6 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
+
 from redraft.errors import ConfigError, ModelNotFound
 from redraft.telemetry.metrics import ServerMetrics
 from redraft.v1 import generation_pb2 as pb
@@ -28,7 +29,6 @@ from redraft_server.banner import show_banner
 from redraft_server.config import DrainConfig, GrpcConfig, MetricsConfig, ServerConfig, TrafficLogConfig
 from redraft_server.engine.api import FinishReason
 from redraft_server.rpc.lifecycle import GENERATION_SERVICE
-
 from tests.edge import Edge, details_of, edge_config, limited, running_edge
 from tests.fake_engine import FakeEngine
 
@@ -86,23 +86,15 @@ async def test_drain_lets_streams_finish_and_refuses_new_ones() -> None:
         draining = asyncio.create_task(edge.app.drain())
         for watch in watches:
             assert (await watch.read()).status == NOT_SERVING
-            watch.cancel()
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await edge.generate(limited(1))
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        edge.engine.gate.set()
-        assert await read_all(call) == ("abcde", pb.FINISH_REASON_LENGTH)
-        await draining
-        assert edge.engine.stops == 1
-
-
-async def test_an_engine_that_drains_says_so() -> None:
-    async with running_edge() as edge:
-        edge.engine.drain()
+        await asyncio.to_thread(edge.engine.wait_for, lambda: not edge.engine.is_ready)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await edge.generate(limited(1))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert details_of(caught.value)["ErrorInfo"].reason == "SERVER_DRAINING"
+        edge.engine.gate.set()
+        assert await read_all(call) == ("abcde", pb.FINISH_REASON_LENGTH)
+        await draining
+        assert edge.engine.stops == 1
 
 
 async def test_what_is_left_at_the_end_of_the_grace_ends_with_shutdown() -> None:
@@ -116,13 +108,12 @@ async def test_what_is_left_at_the_end_of_the_grace_ends_with_shutdown() -> None
 
 async def test_hurrying_ends_a_long_grace() -> None:
     async with running_edge(config=edge_config(drain=DrainConfig(grace_s=600.0, delay_s=600.0))) as edge:
-        call = await held_stream(edge)
+        await held_stream(edge)
         hurry = asyncio.Event()
         draining = asyncio.create_task(edge.app.drain(hurry))
         hurry.set()
         await asyncio.wait_for(draining, 30)
         assert edge.engine.ended == {"held": FinishReason.SHUTDOWN}
-        assert await call.code() in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 async def test_a_client_that_never_reads_cannot_hold_up_a_drain() -> None:

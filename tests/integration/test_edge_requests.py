@@ -8,11 +8,11 @@ from typing import Any
 
 import grpc
 import pytest
+
 from redraft.v1 import draft_pb2, draft_pb2_grpc, model_pb2, model_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from redraft.v1 import generation_pb2 as pb
 from redraft_server.config import GrpcConfig
 from redraft_server.engine.api import EngineUnavailable, FinishReason, QueueFull, RequestTooLarge
-
 from tests.edge import Edge, details_of, edge_config, fields_of, limited, running_edge
 from tests.fake_engine import CONTEXT_LENGTH, VOCAB_SIZE, FakeEngine, FakeTokenizer
 
@@ -23,7 +23,7 @@ async def test_generate() -> None:
     async with running_edge() as edge:
         call = edge.generation.Generate(pb.GenerateRequest(generation=limited(5, request_id="r1", model="fake")))
         reply = await call
-        metadata = {key: value for key, value in await call.initial_metadata()}
+        metadata = dict(await call.initial_metadata())
         assert metadata["x-request-id"] == "r1"
         assert reply.request_id == "r1"
         assert [choice.text for choice in reply.choices] == ["abcde"]
@@ -216,7 +216,7 @@ async def test_a_full_queue_pushes_back() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await refused.read()
         assert caught.value.code() is Code.RESOURCE_EXHAUSTED
-        trailers = {key: value for key, value in caught.value.trailing_metadata() or ()}
+        trailers = dict(caught.value.trailing_metadata() or ())
         assert trailers["grpc-retry-pushback-ms"] == "250"
         assert details_of(caught.value)["RetryInfo"].retry_delay.ToMilliseconds() == 250
         edge.engine.gate.set()
@@ -290,7 +290,9 @@ async def test_a_running_request_keeps_its_id() -> None:
 async def test_every_rpc_is_counted_and_logged_without_text(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "redraft")
     async with running_edge() as edge:
-        await edge.generate(pb.Generation(request_id="r9", text="PRIVATE", stopping=pb.StoppingParams(max_new_tokens=1)))
+        await edge.generate(
+            pb.Generation(request_id="r9", text="PRIVATE", stopping=pb.StoppingParams(max_new_tokens=1))
+        )
         with pytest.raises(grpc.aio.AioRpcError):
             await edge.generate(pb.Generation(text="PRIVATE", model="other"))
     records = [record.__dict__ for record in caplog.records if record.name == "redraft.rpc"]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import grpc
 import pytest
+
 from redraft.v1 import generation_pb2 as pb
 from redraft_server.config import LimitsConfig
 from redraft_server.engine.api import FinishReason
-
 from tests.edge import Edge, edge_config, limited, running_edge
 from tests.fake_engine import FakeEngine, letter
 
@@ -19,6 +19,15 @@ Code = grpc.StatusCode
 
 async def engine_reaches(edge: Edge, condition: Callable[[], bool]) -> None:
     await asyncio.to_thread(edge.engine.wait_for, condition)
+
+
+async def read_to_end(edge: Edge, stream: bool, generation: pb.Generation, timeout: float | None = None) -> None:
+    """One request, by either method."""
+    if stream:
+        async for reply in edge.stream(generation, timeout=timeout):
+            assert reply.request_id
+    else:
+        await edge.generate(generation, timeout=timeout)
 
 
 async def test_a_cancelled_stream_frees_the_engine() -> None:
@@ -39,7 +48,7 @@ async def test_a_cancelled_unary_call_frees_the_engine() -> None:
     async with running_edge() as edge:
         edge.engine.gate.clear()
         call = edge.generation.Generate(pb.GenerateRequest(generation=limited(1000, request_id="r1")))
-        await call.initial_metadata()
+        await engine_reaches(edge, lambda: bool(edge.engine.requests))
         call.cancel()
         await engine_reaches(edge, lambda: edge.engine.ended.get("r1") is FinishReason.CANCELLED)
         edge.engine.gate.set()
@@ -69,10 +78,7 @@ async def test_the_clients_deadline(stream: bool) -> None:
     async with running_edge() as edge:
         edge.engine.gate.clear()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            if stream:
-                await edge.stream(limited(9, request_id="late"), timeout=0.2).read()
-            else:
-                await edge.generate(limited(9, request_id="late"), timeout=0.2)
+            await read_to_end(edge, stream, limited(9, request_id="late"), timeout=0.2)
         assert caught.value.code() is Code.DEADLINE_EXCEEDED
         await engine_reaches(edge, lambda: "late" in edge.engine.ended)
         assert edge.engine.ended["late"] is FinishReason.DEADLINE
@@ -145,11 +151,7 @@ async def test_a_slow_reader_that_gives_up_is_cleaned_up() -> None:
 async def test_a_fault_of_the_engine_is_internal_and_says_nothing(stream: bool) -> None:
     async with running_edge(FakeEngine(fail_at=3)) as edge:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            if stream:
-                async for reply in edge.stream(limited(9)):
-                    assert not reply.HasField("completion")
-            else:
-                await edge.generate(limited(9))
+            await read_to_end(edge, stream, limited(9))
         assert caught.value.code() is Code.INTERNAL
         assert caught.value.details() == "internal error"
         edge.engine.fail_at = None

@@ -114,10 +114,6 @@ class BlockPool:
     def draft_epoch(self, block_id: int) -> int:
         return self._blocks[block_id].draft_epoch
 
-    def clear_prefix_cache(self) -> None:
-        for block_id in list(self._by_hash.values()):
-            self._forget(block_id)
-
     def _forget(self, block_id: int) -> None:
         block = self._blocks[block_id]
         if block.prefix_hash is not None:

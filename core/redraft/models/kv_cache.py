@@ -1,7 +1,7 @@
 """Key and value storage of one model, reserved up front and addressed by slot.
 
 Slot = block id * block_size + offset. The layout [kv_heads, slots, head_dim] per layer makes the context of a sequence
-a gather along one dimension, and a view where its slots are consecutive.
+a gather along one dimension, and lets a kernel read each head's context as short runs of memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
     def num_bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
@@ -31,10 +39,8 @@ class KVCache:
         self.keys[layer].index_copy_(1, slots, keys)
         self.values[layer].index_copy_(1, slots, values)
 
-    def read(self, layer: int, context: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Keys and values [kv_heads, context, head_dim] of a context given as slots [context] or a slice of slots."""
-        if isinstance(context, slice):
-            return self.keys[layer][:, context], self.values[layer][:, context]
+    def read(self, layer: int, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values at slots [context]: [kv_heads, context, head_dim] each."""
         return self.keys[layer].index_select(1, context), self.values[layer].index_select(1, context)
 
 

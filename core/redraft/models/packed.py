@@ -1,8 +1,9 @@
-"""Linear layers whose weights oneDNN has re-ordered once, ahead of time.
+"""Linear layers for inference on a CPU, their weights re-ordered once, ahead of time.
 
-`torch.nn.functional.linear` re-orders an fp32 weight on every call, which on a CPU costs more than the product itself
-when there are only a few rows: verifying 5 tokens then takes twice the time of one. With the weight packed, the time is
-that of reading it. Same arithmetic type, same shapes; CPU inference only.
+`torch.nn.functional.linear` re-orders an fp32 weight on every call, which costs more than the product itself when there
+are only a few rows: verifying 5 tokens then takes twice the time of one. Packed, it takes the time of reading the
+weight once. Where the native kernels were built they do the work, and a row's result does not depend on how many rows
+are beside it; elsewhere oneDNN does, through torch.
 """
 
 from __future__ import annotations
@@ -10,15 +11,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_EXPECTED_ROWS = 8  # oneDNN chooses the layout for about so many; others stay correct
+from redraft.kernels.library import PANEL, CpuKernels, library
+
+_EXPECTED_ROWS = 8  # oneDNN chooses its layout for about so many; others stay correct
 
 
-class PackedLinear(nn.Module):
-    """Drop-in for a frozen fp32 `nn.Linear` on a CPU."""
+class NativeLinear(nn.Module):
+    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, on the native kernels."""
+
+    def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self.out_features = linear.out_features
+        self._packed = kernels.pack(linear.weight.detach())
+        self._bias: Tensor | None = None
+        if linear.bias is not None:
+            self._bias = nn.functional.pad(linear.bias.detach(), (0, -linear.out_features % PANEL)).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in_features] float32 -> [.., out_features] float32."""
+        return self._kernels.linear(x, self._packed, self._bias, self.out_features)
+
+
+class OneDnnLinear(nn.Module):
+    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, on oneDNN's packed weights."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _EXPECTED_ROWS)
         self.bias = linear.bias
 
@@ -32,15 +51,17 @@ def pack_linears(model: nn.Module) -> int:
     """Replace the model's fp32 CPU linears by packed ones, in place; their unpacked weights are freed unless shared.
 
     Returns:
-        How many were replaced; 0 where oneDNN is missing or the model is not fp32 on a CPU.
+        How many were replaced; 0 for a model that is not fp32 on a CPU, or without any packed product at hand.
     """
-    if not torch.backends.mkldnn.is_available():
+    kernels = library()
+    if kernels is None and not torch.backends.mkldnn.is_available():
         return 0
     packed = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            weight = getattr(child, "weight", None)
-            if type(child) is nn.Linear and weight.dtype is torch.float32 and weight.device.type == "cpu":
-                setattr(parent, name, PackedLinear(child))
+            if type(child) is not nn.Linear:
+                continue
+            if child.weight.dtype is torch.float32 and child.weight.device.type == "cpu":
+                setattr(parent, name, OneDnnLinear(child) if kernels is None else NativeLinear(child, kernels))
                 packed += 1
     return packed

@@ -62,39 +62,20 @@ class ModelRunner:
         positions: list[int] = []
         wanted: list[int] = []
         segments: list[Segment] = []
-        slots: list[Tensor] = []
         for chunk in chunks:
             start, length = len(token_ids), len(chunk.token_ids)
-            end = chunk.start + length
-            context, own = self._context(chunk.block_ids, chunk.start, end)
-            segments.append(Segment(start, length, end, context))
-            slots.append(own)
+            segments.append(Segment(start, length, chunk.start + length, chunk.block_ids))
             token_ids.extend(chunk.token_ids)
-            positions.extend(range(chunk.start, end))
+            positions.extend(range(chunk.start, chunk.start + length))
             wanted.extend(range(start + length - chunk.num_logits, start + length))
-        paged = PagedContext(self.cache, torch.cat(slots), segments)
         output = self.model(
             input_ids=self._tensor([token_ids]),
             position_ids=self._tensor([positions]),
             use_cache=False,
             logits_to_keep=self._tensor(wanted),
-            paged=paged,
+            paged=PagedContext(self.cache, self.block_size, segments),
         )
         return self._known_ids(output.logits[0].float())
-
-    def _context(self, block_ids: Sequence[int], start: int, end: int) -> tuple[Tensor | slice, Tensor]:
-        """Slots of positions 0 .. end - 1 (a slice if consecutive) and of positions start .. end - 1."""
-        count = -(-end // self.block_size)
-        used = block_ids[:count]
-        first = used[0]
-        if all(block_id == first + index for index, block_id in enumerate(used)):
-            base = first * self.block_size
-            own = torch.arange(base + start, base + end, device=self.device)
-            return slice(base, base + end), own
-        blocks = self._tensor(list(used))
-        slots = blocks.unsqueeze(1) * self.block_size + torch.arange(self.block_size, device=self.device)
-        slots = slots.flatten()[:end]
-        return slots, slots[start:]
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -76,8 +76,9 @@ class DraftedTokens:
         certain = self.prob_row[drafts] < 0
         index = torch.arange(len(drafts), device=rows.device)
         rows[index[certain], self.token_ids[drafts[certain]]] -= 1.0
-        spread = index[~certain]
-        rows[spread] -= self.probs[self.prob_row[drafts[spread]]]
+        if len(self.probs):
+            spread = index[~certain]
+            rows[spread] -= self.probs[self.prob_row[drafts[spread]]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,8 @@ def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         ranked = probs[unresolved].sort(dim=1, descending=True).values
         floor[unresolved] = _cutoffs(ranked, rows, vocab_size)
     probs = torch.where(probs >= floor.unsqueeze(1), probs, 0.0)
-    return probs / probs.sum(dim=1, keepdim=True)
+    # in float64: a float32 sum of one long row is split among threads, and so rounds unlike that of several rows
+    return probs / probs.sum(dim=1, keepdim=True, dtype=torch.float64).float()
 
 
 def _cutoffs(ranked: Tensor, params: Sequence[SamplingParams], vocab_size: int) -> Tensor:

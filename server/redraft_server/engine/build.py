@@ -75,7 +75,7 @@ def build_engine(config: ServerConfig, metrics: ServerMetrics, writer: TrafficWr
             max_waiting=config.engine.max_waiting_requests,
             target_cost=target_cost,
             metrics=metrics,
-            recorder=None if writer is None else Recorder(writer, info),
+            recorder=None if writer is None else Recorder(writer, info, metrics),
         )
     )
     metrics.set_active_drafts([info.draft_version] if info.draft_version else [])

@@ -59,13 +59,14 @@ class CompletionOutput:
                 self._held += self._detokenizer.push([token_id])
             pieces.append(self.finish())
             return FinishReason.STOP_SEQUENCE, token_id
+        seen = len(self._held)
         self._held += self._detokenizer.push([token_id])
-        matched = self._cut_at_stop_sequence(pieces)
+        matched = self._cut_at_stop_sequence(pieces, seen)
         if matched is not None:
             return FinishReason.STOP_SEQUENCE, matched
         if self.num_tokens >= self._max_new_tokens:
             self._held += self._detokenizer.flush()
-            matched = self._cut_at_stop_sequence(pieces)
+            matched = self._cut_at_stop_sequence(pieces, seen)
             pieces.append(self._held)
             self._held = ""
             return (FinishReason.LENGTH, None) if matched is None else (FinishReason.STOP_SEQUENCE, matched)
@@ -74,11 +75,13 @@ class CompletionOutput:
         self._held = self._held[len(self._held) - keep :]
         return None
 
-    def _cut_at_stop_sequence(self, pieces: list[str]) -> str | None:
-        """Release text up to the earliest stop sequence, if there is one (ties: the first listed)."""
+    def _cut_at_stop_sequence(self, pieces: list[str], seen: int) -> str | None:
+        """Release text up to the earliest stop sequence that ends behind the first `seen` characters held (ties: the
+        first listed). One that ended earlier was passed over, as it came before min_new_tokens."""
         if self.num_tokens < self._stopping.min_new_tokens:
             return None
-        found = [(self._held.find(s), s) for s in self._stopping.stop_sequences if s in self._held]
+        found = [(self._held.find(s, max(0, seen - len(s) + 1)), s) for s in self._stopping.stop_sequences]
+        found = [item for item in found if item[0] >= 0]
         if not found:
             return None
         at, stop = min(found, key=lambda item: item[0])

@@ -2,7 +2,8 @@
 
 There are no phases. Every sequence's target KV catches up with its tokens: by one token a step in steady decoding,
 by up to the whole budget while a prompt is new. Decoding sequences come first, so a long prompt takes what they
-leave of the step and never stalls them longer than one step of `max_batch_tokens`.
+leave of the step and never stalls them longer than one step of `max_batch_tokens`. What they draft is limited to an
+equal share of the budget, so that neither the last of them nor the prompt is left with nothing.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ class Scheduler:
         self._admit()
         budget = self.limits.max_batch_tokens
         plan: dict[Completion, Work] = {}
-        for completion in sorted(self.running, key=lambda c: c.state.num_pending > 1):  # stable: decoding first
+        order = sorted(self.running, key=lambda c: c.state.num_pending > 1)  # stable: decoding first
+        for index, completion in enumerate(order):
             if completion.status is not Status.RUNNING or budget <= 0:
                 continue  # preempted by one before it, or left for the next step
-            work = self._work_for(completion, budget)
+            share = max(1, budget // (len(order) - index))
+            work = self._work_for(completion, share if completion.state.num_pending == 1 else budget)
             if self._reserve(completion, work, plan):
                 plan[completion] = work
             elif work.max_draft and self._reserve(completion, without_draft := self._work_for(completion, 1), plan):
@@ -121,7 +124,7 @@ class Scheduler:
             state.draft_epoch = self.draft_epoch
             state.num_draft_marked_blocks = self._num_draft_blocks(found)
             state.num_draft_computed = state.num_draft_marked_blocks * self.pool.block_size
-            if completion.index == 0 and state.num_output_tokens == 0:
+            if completion.index == 0 and completion.request.first_scheduled is None:
                 completion.request.cached_prompt_tokens = state.num_computed
 
     def _num_draft_blocks(self, block_ids: list[int]) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
-from redraft.telemetry.observations import RequestObservation
 
+from redraft.telemetry.observations import RequestObservation
 from redraft_server.engine.api import ChoiceDelta, EngineClient, EngineRequest, FinishReason, RequestFinished
 from redraft_server.rpc.mailbox import Mailbox
 from redraft_server.rpc.status import StatusError, cancelled, deadline_exceeded, internal

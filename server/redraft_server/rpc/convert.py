@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 from redraft.sampling.params import Coupling, InvalidParameter, SamplingParams, StoppingParams
 from redraft.v1 import generation_pb2 as pb
-
 from redraft_server.config import LimitsConfig
 from redraft_server.engine.api import EngineInfo, EngineRequest
 from redraft_server.rpc.status import FieldViolation, in_generation, invalid_argument, model_not_found

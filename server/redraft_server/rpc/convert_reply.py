@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from google.protobuf.duration_pb2 import Duration
+
 from redraft.sampling.params import Coupling
 from redraft.v1 import generation_pb2 as pb
 from redraft.v1 import model_pb2
-
 from redraft_server.engine.api import (
     ChoiceDelta,
     EngineInfo,

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import grpc
 from google.protobuf.message import Message
+
 from redraft.v1 import draft_pb2 as pb
 from redraft.v1 import draft_pb2_grpc
-
 from redraft_server.engine.api import EngineClient
 from redraft_server.rpc.status import StatusError, draft_not_found, unimplemented
 

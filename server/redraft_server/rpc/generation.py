@@ -15,9 +15,9 @@ from contextlib import asynccontextmanager
 
 import grpc
 from google.protobuf.message import Message
+
 from redraft.v1 import generation_pb2 as pb
 from redraft.v1 import generation_pb2_grpc
-
 from redraft_server.config import LimitsConfig
 from redraft_server.engine.api import AdmissionError, ChoiceDelta, EngineClient, RequestFinished
 from redraft_server.rpc import convert

@@ -49,10 +49,17 @@ def code_of(error: BaseException, context: _Context) -> grpc.StatusCode:
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
-    """Maps exceptions, counts and logs."""
+    """Maps exceptions, counts and logs; knows whether any RPC is running."""
 
     def __init__(self, metrics: RpcMetrics) -> None:
         self._metrics = metrics
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Return when no RPC of ours is running."""
+        await self._idle.wait()
 
     async def intercept_service(
         self,
@@ -78,6 +85,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             started = time.monotonic()
             note_request_id("")
             code = grpc.StatusCode.OK
+            self._in_flight += 1
+            self._idle.clear()
             try:
                 return await behaviour(_decoded(data, decode), context)
             except asyncio.CancelledError as error:
@@ -88,6 +97,9 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                 status = error if isinstance(error, StatusError) else self._bug(service, method)
                 await context.abort(status.code, status.message, status.trailing_metadata())
             finally:
+                self._in_flight -= 1
+                if self._in_flight == 0:
+                    self._idle.set()
                 seconds = time.monotonic() - started
                 self._metrics.observe_rpc(service, method, code.name, seconds)
                 _log.info("rpc", extra=self._fields(service, method, code=code.name, seconds=round(seconds, 6)))

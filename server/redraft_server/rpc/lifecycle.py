@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from redraft.errors import ConfigError
 from redraft.v1 import draft_pb2, generation_pb2, model_pb2, tokenizer_pb2
-
 from redraft_server.config import DrainConfig, GrpcConfig
 from redraft_server.engine.api import EngineClient
-from redraft_server.rpc.interceptors import RpcInterceptor, RpcMetrics
+from redraft_server.rpc.interceptors import RpcInterceptor
 
 GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 READINESS_INTERVAL_S = 0.25
@@ -29,12 +30,14 @@ READINESS_INTERVAL_S = 0.25
 # Near the end of the grace period the engine is told to finish; the rest is for the last messages to leave.
 _LAST_MESSAGES_SHARE = 0.2
 _LAST_MESSAGES_MAX_S = 2.0
+# For the statuses of RPCs that have just ended to reach the socket.
+_FLUSH_S = 0.2
 
 _log = logging.getLogger("redraft.lifecycle")
 
 
-def create_server(config: GrpcConfig, metrics: RpcMetrics) -> grpc.aio.Server:
-    """A server with our limits and interceptors; nothing is bound yet."""
+def create_server(config: GrpcConfig, rpcs: RpcInterceptor) -> grpc.aio.Server:
+    """A server with our limits and `rpcs` around its RPCs; nothing is bound yet."""
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
@@ -46,7 +49,7 @@ def create_server(config: GrpcConfig, metrics: RpcMetrics) -> grpc.aio.Server:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
-    return grpc.aio.server(interceptors=[RpcInterceptor(metrics)], options=options)
+    return grpc.aio.server(interceptors=[rpcs], options=options)
 
 
 def bind(server: grpc.aio.Server, config: GrpcConfig) -> int:
@@ -130,39 +133,36 @@ async def drain(
     server: grpc.aio.Server,
     engine: EngineClient,
     reporter: HealthReporter,
+    rpcs: RpcInterceptor,
     config: DrainConfig,
     hurry: asyncio.Event,
 ) -> None:
     """End the server without losing work: health first, then admission, then what runs, then the rest.
 
-    Takes at most `delay_s + grace_s` and the engine's last step, whatever clients do. Setting `hurry` ends both
-    waits at once. The engine is stopped when this returns.
+    Takes at most `delay_s + grace_s`, the engine's last step and a moment to flush, whatever clients do. Setting
+    `hurry` ends all waiting at once. The engine is stopped when this returns.
     """
     _log.info("draining", extra={"count": engine.num_unfinished()})
     await reporter.stop_serving()
-    await _wait_for([hurry], config.delay_s)
+    await _first_of(config.delay_s, hurry.wait())
     engine.drain()
-    grace = 0.0 if hurry.is_set() else config.grace_s
-    stopping = asyncio.create_task(server.stop(grace))
-    last_messages = min(grace * _LAST_MESSAGES_SHARE, _LAST_MESSAGES_MAX_S)
-    await _wait_for([hurry], grace - last_messages, or_done=stopping)
+    end = time.monotonic() + config.grace_s
+    last_messages = min(config.grace_s * _LAST_MESSAGES_SHARE, _LAST_MESSAGES_MAX_S)
+    await _first_of(config.grace_s - last_messages, hurry.wait(), rpcs.wait_idle())
     left = engine.num_unfinished()
     if left:
         _log.warning("ending unfinished requests", extra={"count": left})
     # Leftovers get FINISH_REASON_SHUTDOWN and the time until the grace ends to deliver it.
     await asyncio.to_thread(engine.stop, max(last_messages, 1.0))
-    await _wait_for([hurry], last_messages, or_done=stopping)
-    if not stopping.done():
-        await server.stop(None)
-    await stopping
+    await _first_of(end - time.monotonic(), hurry.wait(), rpcs.wait_idle())
+    # `server.stop` comes last and only once: with a grace of its own it would wait for every open health watch,
+    # and a second call beside a first one crashes grpc (seen with 1.85).
+    await server.stop(_FLUSH_S)
 
 
-async def _wait_for(
-    events: Sequence[asyncio.Event], seconds: float, *, or_done: asyncio.Future[None] | None = None
-) -> None:
-    """Wait until an event is set, the future is done, or the time is over."""
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    watched: list[asyncio.Future[Any]] = [*waits, *([or_done] if or_done is not None else [])]
-    await asyncio.wait(watched, timeout=max(seconds, 0.0), return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
+async def _first_of(seconds: float, *events: Coroutine[Any, Any, object]) -> None:
+    """Wait until one of the events has happened or the time is over."""
+    tasks = [asyncio.ensure_future(event) for event in events]
+    await asyncio.wait(tasks, timeout=max(seconds, 0.0), return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import grpc
 from google.protobuf import any_pb2, message
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 from redraft_server.engine.api import (
     AdmissionError,

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from redraft.errors import ChatTemplateMissing
-
 from redraft_server.rpc.convert import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from redraft_server.rpc.status import FieldViolation, failed_precondition, invalid_argument
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import grpc
 from google.protobuf.message import Message
+
 from redraft.v1 import tokenizer_pb2 as pb
 from redraft.v1 import tokenizer_pb2_grpc
-
 from redraft_server.engine.api import EngineClient
 from redraft_server.rpc.convert import TextPrompt, check_model, check_token_ids, parse_chat
 from redraft_server.rpc.status import FieldViolation, invalid_argument

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from redraft_server.__main__ import main
 from redraft_server.config import ServerConfig
 from redraft_server.settings import ConfigErrors, load_config, to_yaml
@@ -64,7 +65,11 @@ def test_null_unsets(tmp_path: Path) -> None:
         (["--grpc.port", "99999"], {}, ["grpc.port", "65535", "'99999'", "--grpc.port"]),
         (["--model.dtype", "int3"], {}, ["model.dtype", "bfloat16"]),
         (["--limits.request_timeout_s", "nan"], {}, ["limits.request_timeout_s", "finite"]),
-        ([], {"REDRAFT_SERVER__GRPC__PROT": "1"}, ["grpc.prot", "did you mean grpc.port", "REDRAFT_SERVER__GRPC__PROT"]),
+        (
+            [],
+            {"REDRAFT_SERVER__GRPC__PROT": "1"},
+            ["grpc.prot", "did you mean grpc.port", "REDRAFT_SERVER__GRPC__PROT"],
+        ),
         ([], {"REDRAFT_SERVER__GRP__PORT": "1"}, ["REDRAFT_SERVER__GRP__PORT", "did you mean", "__GRPC__PORT"]),
         ([], {"REDRAFT_SERVER__GRPC": "abc"}, ["grpc"]),
         ([], {"REDRAFT_SERVER__GRPC__PORT": ""}, ["grpc.port", "integer", "REDRAFT_SERVER__GRPC__PORT"]),
@@ -157,5 +162,8 @@ def test_a_bad_config_ends_with_one_line_and_status_2(capsys: pytest.CaptureFixt
 
 
 def test_reading_settings_imports_no_torch() -> None:
-    code = "import sys; from redraft_server.__main__ import main; main(['--print-config']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from redraft_server.__main__ import main; "
+        "main(['--print-config']); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

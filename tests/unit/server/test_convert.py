@@ -11,6 +11,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from redraft.sampling.params import Coupling
 from redraft.v1 import generation_pb2 as pb
 from redraft_server.config import LimitsConfig
@@ -26,7 +27,6 @@ from redraft_server.rpc import convert
 from redraft_server.rpc.convert_reply import ReplyBuilder
 from redraft_server.rpc.mailbox import join_by_choice
 from redraft_server.rpc.status import StatusError
-
 from tests.fake_engine import CONTEXT_LENGTH, INFO, VOCAB_SIZE, FakeTokenizer
 
 LIMITS = LimitsConfig(max_new_tokens=1000, max_n=4, max_logprobs=5)
@@ -144,8 +144,8 @@ def text(**parts: Any) -> pb.Generation:
     return pb.Generation(text="abc", **parts)
 
 
-S, P, O = pb.SamplingParams, pb.StoppingParams, pb.OutputOptions
-TOO_MANY_BIASES = {i: 0.0 for i in range(1025)}
+S, P, Out = pb.SamplingParams, pb.StoppingParams, pb.OutputOptions
+TOO_MANY_BIASES = dict.fromkeys(range(1025), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -184,9 +184,9 @@ TOO_MANY_BIASES = {i: 0.0 for i in range(1025)}
         (text(stopping=P(stop_sequences=["a" * 257])), "generation.stopping.stop_sequences[0]"),
         (text(stopping=P(stop_token_ids=[1, 2, VOCAB_SIZE])), "generation.stopping.stop_token_ids[2]"),
         (text(stopping=P(stop_token_ids=range(257))), "generation.stopping.stop_token_ids"),
-        (text(output=O(logprobs=6)), "generation.output.logprobs"),
-        (text(output=O(prompt_logprobs=6)), "generation.output.prompt_logprobs"),
-        (text(output=O(truncate_prompt_tokens=0)), "generation.output.truncate_prompt_tokens"),
+        (text(output=Out(logprobs=6)), "generation.output.logprobs"),
+        (text(output=Out(prompt_logprobs=6)), "generation.output.prompt_logprobs"),
+        (text(output=Out(truncate_prompt_tokens=0)), "generation.output.truncate_prompt_tokens"),
     ],
 )  # fmt: skip
 def test_a_violation_names_its_field(generation: pb.Generation, field: str) -> None:
@@ -212,15 +212,15 @@ def test_prompt_and_completion_must_fit_the_context() -> None:
 
 def test_truncation_makes_a_long_prompt_fit() -> None:
     letters = "ab" * CONTEXT_LENGTH
-    request = parse(pb.Generation(text=letters, output=O(truncate_prompt_tokens=3)))
+    request = parse(pb.Generation(text=letters, output=Out(truncate_prompt_tokens=3)))
     assert request.prompt_token_ids == tuple(b"bab")
-    too_little = pb.Generation(text=letters, output=O(truncate_prompt_tokens=CONTEXT_LENGTH + 5))
+    too_little = pb.Generation(text=letters, output=Out(truncate_prompt_tokens=CONTEXT_LENGTH + 5))
     assert violations(too_little) == ["generation.text"]
 
 
 def test_all_violations_are_collected() -> None:
     generation = pb.Generation(
-        sampling=S(top_p=0.0, temperature=-1.0, n=99), stopping=P(stop_sequences=[""]), output=O(logprobs=99)
+        sampling=S(top_p=0.0, temperature=-1.0, n=99), stopping=P(stop_sequences=[""]), output=Out(logprobs=99)
     )
     assert set(violations(generation)) == {
         "generation.prompt",
@@ -271,9 +271,9 @@ stoppings = optional(
     max_new_tokens=counts, min_new_tokens=counts, stop_sequences=st.lists(words, max_size=20),
     stop_token_ids=st.lists(ids, max_size=5), include_stop_sequence=st.booleans(), ignore_eos=st.booleans(),
 ).map(lambda values: pb.StoppingParams(**values))  # fmt: skip
-outputs = optional(
-    logprobs=counts, prompt_logprobs=counts, token_ids=st.booleans(), truncate_prompt_tokens=counts
-).map(lambda values: pb.OutputOptions(**values))
+outputs = optional(logprobs=counts, prompt_logprobs=counts, token_ids=st.booleans(), truncate_prompt_tokens=counts).map(
+    lambda values: pb.OutputOptions(**values)
+)
 messages = st.builds(pb.ChatMessage, role=words, content=words)
 prompts = st.one_of(
     st.just({}),

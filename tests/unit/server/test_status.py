@@ -6,6 +6,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+
 from redraft_server.engine.api import (
     AdmissionError,
     DuplicateRequestId,

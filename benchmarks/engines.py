@@ -1,0 +1,216 @@
+"""redraft's engine in this process, assembled from runners that several engines share one after the other."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from redraft.models.block_pool import BlockPool
+from redraft.models.loader import LoadedModel, load_model
+from redraft.models.ref import ModelRef
+from redraft.models.runner import Chunk, ModelRunner
+from redraft.models.tokenizer import Tokenizer, check_compatible, load_tokenizer
+from redraft.sampling.params import SamplingParams, StoppingParams
+from redraft.speculation.length import StepCost
+from redraft.speculation.proposer import Proposer
+from redraft_server.engine.api import (
+    ChoiceDelta,
+    EngineEvent,
+    EngineInfo,
+    EngineRequest,
+    FinishReason,
+    RequestFinished,
+    SpeculationStats,
+)
+from redraft_server.engine.engine import Engine, EngineParts
+from redraft_server.engine.scheduler import SchedulerLimits
+
+KV_TOKENS, BLOCK_SIZE = 16384, 16  # as the server's defaults
+MAX_RUNNING, MAX_BATCH_TOKENS = 16, 512
+_STOP_TIMEOUT_S = 60.0
+_COST_SIZES = (1, 2, 4, 8, 16, 32)
+_COST_REPEATS = 3
+
+_request_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class SharedModel:
+    """A model of which every engine uses the one copy, and what its passes cost."""
+
+    runner: ModelRunner
+    loaded: LoadedModel
+    _cost: StepCost
+
+    @classmethod
+    def load(cls, name: str, tokenizer: Tokenizer) -> SharedModel:
+        """Raises ModelError, or TokenizerMismatch if the model is not of this tokenizer."""
+        ref = ModelRef.parse(name)
+        check_compatible(tokenizer, load_tokenizer(ref))
+        loaded = load_model(ref)
+        runner = ModelRunner(
+            loaded.model, num_blocks=KV_TOKENS // BLOCK_SIZE, block_size=BLOCK_SIZE, vocab_size=tokenizer.vocab_size
+        )
+        return cls(runner, loaded, _measure_cost(runner))
+
+    @property
+    def version(self) -> str:
+        return f"d-{self.loaded.weights_fingerprint.removeprefix('sha256:')[:12]}"
+
+    def step_cost(self) -> StepCost:
+        """A profile of one's own, to go on from: what one engine learns does not reach the next."""
+        return copy.deepcopy(self._cost)
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What came back for one request."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    speculation: SpeculationStats
+
+
+@dataclass(slots=True)
+class _Collector:
+    """A sink that keeps everything and says when it is over."""
+
+    on_events: Callable[[], None] | None = None
+    deltas: list[ChoiceDelta] = field(default_factory=list)
+    finished: RequestFinished | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            if isinstance(event, ChoiceDelta):
+                self.deltas.append(event)
+            else:
+                self.finished = event
+        if self.on_events is not None:
+            self.on_events()
+        if self.finished is not None:
+            self.done.set()
+
+    def wait(self) -> Completed:
+        self.done.wait()
+        assert self.finished is not None
+        reason = self.deltas[-1].finish_reason
+        if reason not in (FinishReason.EOS, FinishReason.LENGTH):
+            raise RuntimeError(f"a request ended with {reason}: {self.finished.error}")
+        return Completed(
+            tuple(token for delta in self.deltas for token in delta.token_ids),
+            "".join(delta.text for delta in self.deltas),
+            reason,
+            self.finished.speculation,
+        )
+
+
+@contextmanager
+def running_engine(
+    target: SharedModel,
+    tokenizer: Tokenizer,
+    proposer: Proposer | None,
+    *,
+    k: int,
+    target_cost: StepCost | None = None,
+    prefix_cache: bool = True,
+) -> Iterator[Engine]:
+    """An engine on the shared target, stopped at the end.
+
+    Engines on one target may live side by side only without prefix cache and with one of them at work: they write to
+    the same KV slots.
+    """
+    num_blocks = KV_TOKENS // BLOCK_SIZE
+    engine = Engine(
+        EngineParts(
+            target=target.runner,
+            tokenizer=tokenizer,
+            proposer=proposer,
+            pool=BlockPool(num_blocks, BLOCK_SIZE, prefix_cache=prefix_cache),
+            limits=SchedulerLimits(
+                max_running=MAX_RUNNING,
+                max_batch_tokens=MAX_BATCH_TOKENS,
+                max_model_len=context_length(target),
+                num_speculative_tokens=k,
+            ),
+            info=_info(target, tokenizer, proposer, k),
+            max_waiting=1024,
+            target_cost=target_cost or target.step_cost(),
+        )
+    )
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop(_STOP_TIMEOUT_S)
+
+
+def generate(
+    engine: Engine,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: Sequence[SamplingParams],
+    stopping: StoppingParams,
+    *,
+    max_draft_tokens: int | None = None,
+    on_events: Callable[[], None] | None = None,
+) -> list[Completed]:
+    """Submit all requests at once and wait for all. `on_events` runs on the engine thread, per request and step.
+
+    Raises:
+        RuntimeError: a request ended otherwise than by end-of-text or length.
+    """
+    collectors = [_Collector(on_events) for _ in prompts]
+    for prompt, params, collector in zip(prompts, sampling, collectors, strict=True):
+        request = EngineRequest(
+            f"bench-{next(_request_numbers)}", prompt, params, stopping, max_draft_tokens=max_draft_tokens
+        )
+        engine.submit(request, collector)
+    return [collector.wait() for collector in collectors]
+
+
+def context_length(target: SharedModel) -> int:
+    return min(int(target.loaded.config.max_position_embeddings), KV_TOKENS)
+
+
+def _measure_cost(runner: ModelRunner) -> StepCost:
+    """Seconds of a pass by its number of tokens, as the server measures them at start-up."""
+    cost = StepCost()
+    for size in _COST_SIZES:
+        seconds = []
+        for _ in range(_COST_REPEATS):
+            started = time.perf_counter()
+            runner.forward([Chunk([0] * size, 0, range(-(-size // BLOCK_SIZE)), size)]).sum().item()
+            seconds.append(time.perf_counter() - started)
+        cost.observe(size, min(seconds))
+    return cost
+
+
+def _info(target: SharedModel, tokenizer: Tokenizer, proposer: Proposer | None, k: int) -> EngineInfo:
+    context = context_length(target)
+    return EngineInfo(
+        model=target.loaded.name,
+        model_revision=target.loaded.revision or "",
+        vocab_size=tokenizer.vocab_size,
+        context_length=context,
+        max_prompt_tokens=context - 1,
+        max_new_tokens_limit=context,
+        eos_token_ids=tokenizer.eos_token_ids,
+        target_fingerprint=target.loaded.weights_fingerprint,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        proposer="none" if proposer is None else proposer.name,
+        num_speculative_tokens=k,
+        draft_name=None,
+        draft_version="",
+        kv_block_size=BLOCK_SIZE,
+        kv_num_blocks=KV_TOKENS // BLOCK_SIZE,
+        kv_bytes=0,
+        weight_bytes=0,
+        dtype="float32",
+        device="cpu",
+    )

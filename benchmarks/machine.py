@@ -1,0 +1,94 @@
+"""What the numbers were measured on, how fast its memory is, and who else was using it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+_BUFFER_BYTES = 512 * 2**20  # far beyond any cache
+_READS = 7
+
+
+def wait_passively() -> None:
+    """Start the program again with passive OpenMP waiting, as `redraft-server` has it, unless the caller chose.
+
+    OpenMP reads the setting once, when torch is loaded. Spinning threads of one engine would slow the next one down.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def machine_line() -> str:
+    """Processor, cores and library versions in one line; nothing that names the machine."""
+    cores = len(os.sched_getaffinity(0))
+    parts = [
+        f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
+        f"{cores} cores",
+        f"{torch.get_num_threads()} threads",
+        f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",
+        f"{platform.system()} {platform.machine()}",
+        f"Python {platform.python_version()}",
+        *(f"{name} {version(name)}" for name in ("torch", "transformers", "redraft")),
+    ]
+    return ", ".join(parts)
+
+
+def read_bandwidth_gb_s() -> float:
+    """GB/s at which torch's threads read memory, best of a few sums over a large buffer."""
+    buffer = torch.ones(_BUFFER_BYTES // 4)
+    seconds = []
+    for _ in range(_READS):
+        started = time.perf_counter()
+        buffer.sum().item()
+        seconds.append(time.perf_counter() - started)
+    return _BUFFER_BYTES / min(seconds) / 1e9
+
+
+class OtherLoad:
+    """Cores that other processes kept busy between `start` and `stop`; a measurement beside a busy core is noise."""
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+        self._before = (0.0, 0.0, 0.0)
+
+    def start(self) -> None:
+        self._before = self._now()
+
+    def stop(self) -> None:
+        wall, busy, own = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        self.samples.append(max(0.0, busy - own) / max(wall, 1e-3))
+
+    def describe(self) -> str:
+        """A phrase for the report."""
+        if not self.samples or not _STAT.exists():
+            return "load of other processes unknown"
+        return f"other processes used {statistics.median(self.samples):.2f} cores (most: {max(self.samples):.2f})"
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times = os.times()
+        busy = 0.0
+        if _STAT.exists():
+            user, nice, system, _, _, irq, soft_irq, *_ = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:])
+            busy = (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, times.user + times.system
+
+
+_STAT = Path("/proc/stat")
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown processor"

@@ -1,0 +1,1 @@
+"""Native CPU kernels: built at install where a C compiler exists, absent otherwise."""
