@@ -14,6 +14,8 @@ import torch
 
 _BUFFER_BYTES = 512 * 2**20  # far beyond any cache
 _READS = 7
+_QUIET_CORES = 0.12  # use by other processes that a measurement may ignore
+_STAT = Path("/proc/stat")
 
 
 def wait_passively() -> None:
@@ -33,7 +35,7 @@ def machine_line() -> str:
         f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
         f"{cores} cores",
         f"{torch.get_num_threads()} threads",
-        f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",
+        *(f"{name}={os.environ[name]}" for name in ("OMP_WAIT_POLICY",) if name in os.environ),
         f"{platform.system()} {platform.machine()}",
         f"Python {platform.python_version()}",
         *(f"{name} {version(name)}" for name in ("torch", "transformers", "redraft")),
@@ -66,6 +68,10 @@ class OtherLoad:
         wall, busy, own = (now - before for now, before in zip(self._now(), self._before, strict=True))
         self.samples.append(max(0.0, busy - own) / max(wall, 1e-3))
 
+    @property
+    def is_noisy(self) -> bool:
+        return bool(self.samples) and statistics.median(self.samples) > _QUIET_CORES
+
     def describe(self) -> str:
         """A phrase for the report."""
         if not self.samples or not _STAT.exists():
@@ -80,9 +86,6 @@ class OtherLoad:
             user, nice, system, _, _, irq, soft_irq, *_ = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:])
             busy = (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
         return time.perf_counter(), busy, times.user + times.system
-
-
-_STAT = Path("/proc/stat")
 
 
 def _cpu_model() -> str:

@@ -93,7 +93,7 @@ def main(
         bandwidths.append(read_bandwidth_gb_s())
     setting = Setting(
         machine=machine_line(),
-        load=load.describe(),
+        load=load,
         bandwidths_gb_s=tuple(bandwidths),
         weight_bytes=sum(p.numel() * p.element_size() for p in peer.model.parameters()),
         models=f"{models[0].loaded.name} with draft {models[1].loaded.name}, float32",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.machine import OtherLoad
 from benchmarks.report import table, write_page
 
 BASELINE = "transformers plain"
@@ -49,7 +50,7 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class Setting:
     machine: str
-    load: str
+    load: OtherLoad
     bandwidths_gb_s: tuple[float, ...]  # before and after
     weight_bytes: int
     models: str
@@ -72,7 +73,7 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 Cycle = list[Sample]  # the baseline first and last
@@ -89,7 +90,7 @@ def write_report(path: Path, setting: Setting, singles: Sequence[Cycle], batches
             f"## Batch 1\n\n{_table(singles)}",
             f"## Batch {setting.batch}\n\n{_table(batches)}",
             _columns(),
-            f"## Reading\n\n{_reading(singles, batches)}",
+            f"## Reading\n\n{_reading(setting, singles, batches)}",
         ],
     )
 
@@ -99,7 +100,7 @@ def _setting(setting: Setting) -> str:
     floor = statistics.mean(setting.bandwidths_gb_s) * 1e9 / setting.weight_bytes
     return (
         f"{setting.models}. {setting.prompts}; {setting.new_tokens} new tokens each, greedy, end-of-text ignored, "
-        f"at most {setting.k} draft tokens in every speculating variant. While measuring, {setting.load}.\n\n"
+        f"at most {setting.k} draft tokens wherever there is speculation. While measuring, {setting.load.describe()}.\n\n"
         f"Memory read {speeds} GB/s before and after. A token that reads all {setting.weight_bytes / 1e6:.0f} MB of "
         f"weights once can then come at {floor:.1f} tokens/s at most: the ceiling of plain decoding at batch 1."
     )
@@ -107,8 +108,8 @@ def _setting(setting: Setting) -> str:
 
 def _columns() -> str:
     return (
-        "Ratio: speed over the mean of the two runs of transformers plain in the same cycle, median (lowest–highest) "
-        "over the cycles. In the row of transformers plain it is its second run over its first, that is, the noise. "
+        "Ratio: speed over the mean of the two runs of transformers plain in the same cycle, median and "
+        "range over the cycles. In the row of transformers plain it is its second run over its first, that is, the noise. "
         "Tokens/s: median, prefill included, for orientation only. Tokens a pass: new tokens per target pass and "
         "sequence. Same tokens: cycles in which all tokens equal those of transformers plain (fp32 ties can differ)."
     )
@@ -130,7 +131,7 @@ def _row(name: str, cycles: Sequence[Cycle]) -> tuple[str, ...]:
         name,
         str(_ratio(cycles, name)),
         f"{statistics.median(sample.tokens_per_s for sample in samples):.1f}",
-        f"{accepted / drafted:.2f}" if drafted else "–",
+        f"{accepted / drafted:.2f}" if drafted else "",
         f"{tokens / sum(sample.verify_steps for sample in samples):.2f}",
         f"{same}/{len(cycles)}",
     )
@@ -152,9 +153,10 @@ def _seconds(cycle: Cycle, name: str, compared_with: str) -> float:
     return first if compared_with == BASELINE else (first + last) / 2
 
 
-def _reading(singles: Sequence[Cycle], batches: Sequence[Cycle]) -> str:
+def _reading(setting: Setting, singles: Sequence[Cycle], batches: Sequence[Cycle]) -> str:
     noise = _ratio(singles, BASELINE)
     lines = [
+        *(["Other processes were busy meanwhile: do not quote these figures."] if setting.load.is_noisy else []),
         f"transformers against itself, a cycle apart, spreads from {noise.low:.2f} to {noise.high:.2f}: "
         "a smaller difference than that in a single cycle means nothing.",
         *_against_peer(singles, "batch 1"),

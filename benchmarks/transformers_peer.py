@@ -43,7 +43,8 @@ class TransformersPeer:
         self._pad_id = min(tokenizer.eos_token_ids)
         self._num_draft_tokens = num_draft_tokens
         # In the model, not an argument: `generate` fills what its argument leaves out from the model's own.
-        self._config = GenerationConfig(
+        make_config: Any = GenerationConfig
+        self._config: GenerationConfig = make_config(
             do_sample=False,
             max_new_tokens=max_new_tokens,
             pad_token_id=self._pad_id,
@@ -52,7 +53,7 @@ class TransformersPeer:
         self.model = _load(target, self._config)
         self._assistant: PreTrainedModel | None = None
         if draft is not None:
-            assistant_config = GenerationConfig(
+            assistant_config = make_config(
                 num_assistant_tokens=num_draft_tokens,
                 num_assistant_tokens_schedule="constant",
                 pad_token_id=self._pad_id,

@@ -23,6 +23,7 @@ class ObservedEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.num_submitted = 0
         self.finished: list[RequestFinished] = []
 
     def __getattr__(self, name: str) -> object:
@@ -34,6 +35,7 @@ class ObservedEngine:
             sink(events)
 
         self._engine.submit(request, observed)
+        self.num_submitted += 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,12 @@ class Served:
     registry: CollectorRegistry
     address: str
     metrics_address: str
-    finished: list[RequestFinished]
+    observed: ObservedEngine
+
+    @property
+    def finished(self) -> list[RequestFinished]:
+        """The last event of every request that has ended."""
+        return self.observed.finished
 
     def metric(self, name: str) -> float:
         """Sum of a metric's samples over all its labels."""
@@ -52,10 +59,12 @@ class Served:
         )
 
     async def idle(self) -> None:
-        """Wait until the engine has no request left; answers between steps, so nothing polls against a clock."""
+        """Wait until every admitted request has had its last event and has been counted."""
         async with asyncio.timeout(60):
-            while await asyncio.wrap_future(self.engine.between_steps(self.engine.num_unfinished)):
-                pass
+            while len(self.finished) < self.observed.num_submitted:
+                await asyncio.wrap_future(self.engine.between_steps(lambda: None))
+            while self.metric("redraft_requests_total") < self.observed.num_submitted:
+                await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -68,4 +77,4 @@ async def served_engine(spec: EngineSpec) -> AsyncIterator[Served]:
         assert isinstance(metrics, ServerMetrics)
         async with App(config, observed, metrics, registry) as app, AsyncClient(app.address) as client:  # type: ignore[arg-type]
             assert app.metrics_address is not None
-            yield Served(engine, client, registry, app.address, app.metrics_address, observed.finished)
+            yield Served(engine, client, registry, app.address, app.metrics_address, observed)

@@ -25,7 +25,7 @@ def banner_rows(app: App) -> list[tuple[str, str]]:
     return [
         ("gRPC", f"{app.address} ({secured})"),
         ("metrics", metrics),
-        ("model", f"{info.model} @ {info.model_revision}, {_memory(info.weight_bytes)} of weights"),
+        ("model", f"{info.model} @ {info.model_revision[:12] or 'unknown'}, {_memory(info.weight_bytes)} of weights"),
         ("runs in", f"{info.dtype} on {info.device}, context of {info.context_length} tokens"),
         ("draft", _draft(info)),
         ("proposer", _proposer(config, info)),

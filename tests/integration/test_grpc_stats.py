@@ -143,19 +143,13 @@ async def test_cancelled_requests_count_for_what_they_did() -> None:
                 await anext(stream)
             await stream.aclose()
         await served.idle()
-        told = {one.seed for one in served.finished}
-        assert len(served.finished) == len(results) + 12 == len(told) + sum_of_repeated_seeds(results)
+        assert len(served.finished) == len(results) + 12
         assert_counters_equal(served, [one.speculation for one in served.finished])
         for one in served.finished:
             stats = one.speculation
             assert one.completion_tokens == stats.accepted_tokens + stats.verify_steps - stats.truncated_tokens
         by_clients = sum(result.speculation.verify_steps for result in results)
         assert by_clients < sum(one.speculation.verify_steps for one in served.finished)
-
-
-def sum_of_repeated_seeds(results: list[GenerationResult]) -> int:
-    seeds = [result.completion.seed for result in results]
-    return len(seeds) - len(set(seeds))
 
 
 async def test_the_metrics_page_is_clean() -> None:

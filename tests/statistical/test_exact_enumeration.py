@@ -245,7 +245,9 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
         offsets = np.cumsum([0, *(len(d.probs) for d in own)])
         together = DraftedTokens(
             torch.cat([d.token_ids for d in own]),
-            torch.cat([torch.where(d.prob_row < 0, -1, d.prob_row + int(o)) for d, o in zip(own, offsets, strict=False)]),
+            torch.cat(
+                [torch.where(d.prob_row < 0, -1, d.prob_row + int(o)) for d, o in zip(own, offsets, strict=False)]
+            ),
             torch.cat([d.probs for d in own]),
         )
         verdict = accept_maximal(torch.cat(target_rows), together, layout, accept, recover)

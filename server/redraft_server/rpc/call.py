@@ -103,14 +103,15 @@ class GenerationCall:
     def close(self) -> None:
         """The RPC is over, however it went."""
         if not self._mailbox.is_finished:
-            reason = FinishReason.DEADLINE if self.is_past_deadline else FinishReason.CANCELLED
+            reason = FinishReason.DEADLINE if self.seconds_left() <= 0 else FinishReason.CANCELLED
             self._report.finish_reason = self._report.finish_reason or reason.value
             self._engine.cancel(self.request.request_id, reason)
         self._mailbox.close()
 
-    @property
-    def is_past_deadline(self) -> bool:
-        return self.request.deadline is not None and time.monotonic() >= self.request.deadline
+    def seconds_left(self) -> float:
+        """Time until the request's deadline; negative when it is past."""
+        assert self.request.deadline is not None, "the edge gives every request a deadline"
+        return self.request.deadline - time.monotonic()
 
     def _check_finish(self, reason: FinishReason) -> None:
         error: StatusError | None = None

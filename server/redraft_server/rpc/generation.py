@@ -31,6 +31,10 @@ from redraft_server.rpc.text import TextService
 TENANT_KEY = "x-redraft-tenant"
 REQUEST_ID_KEY = "x-request-id"
 
+# The engine keeps deadlines by itself. This much later a stream ends even if its client never reads it, so that
+# such a client cannot hold its completion in memory for ever.
+UNREAD_GRACE_S = 30.0
+
 _Context = grpc.aio.ServicerContext[Message, Message]
 
 
@@ -69,7 +73,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             call, reply = await self._admit(generation, context, report)
             try:
                 await context.send_initial_metadata(((REQUEST_ID_KEY, call.request.request_id),))
-                yield call, reply
+                async with asyncio.timeout(call.seconds_left() + UNREAD_GRACE_S):
+                    yield call, reply
+            except TimeoutError:
+                raise deadline_exceeded("the stream was not read in time") from None
             finally:
                 call.close()
         except BaseException as error:
@@ -88,7 +95,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         deadline, client_deadline = self._deadline(context)
         token_ids = await self._text.encode(parsed.prompt)
         request = convert.to_engine_request(parsed, token_ids, info, self._limits, deadline=deadline, tenant=tenant)
-        self._refuse_if_too_late(deadline)
+        self._refuse_if_too_late(deadline, client_deadline)
         mailbox = Mailbox(asyncio.get_running_loop(), report.set_finished)
         try:
             self._engine.submit(request, mailbox.sink)
@@ -108,12 +115,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             return time.monotonic() + cap, False
         return time.monotonic() + remaining, True
 
-    def _refuse_if_too_late(self, deadline: float) -> None:
+    def _refuse_if_too_late(self, deadline: float, client_deadline: bool) -> None:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise deadline_exceeded("the deadline passed before the request was admitted")
         delay = self._engine.estimated_queue_delay_s()
-        if remaining < delay:
+        if client_deadline and remaining < delay:
             raise deadline_exceeded(f"the deadline is in {remaining:.2f} s, but the queue takes about {delay:.2f} s")
 
 

@@ -77,7 +77,7 @@ LETTERS = st.sampled_from([*ids("a", "b", "c", "aa", "ab", "bc"), STOP_ID, EOS_I
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3).map(tuple)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     tokens=st.lists(LETTERS, min_size=1, max_size=14),
     cuts=st.lists(st.integers(1, 13)),

@@ -83,7 +83,9 @@ def test_sampling_values_accepted(name: str, value: Any) -> None:
     assert getattr(SamplingParams(**{name: value}), name) == value
 
 
-@pytest.mark.parametrize(("field", "changes"), [case[1:] for case in REFUSED_STOPPING], ids=[c[0] for c in REFUSED_STOPPING])
+@pytest.mark.parametrize(
+    ("field", "changes"), [case[1:] for case in REFUSED_STOPPING], ids=[c[0] for c in REFUSED_STOPPING]
+)
 def test_stopping_values_refused(field: str, changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidParameter) as caught:
         StoppingParams(**changes)

@@ -133,13 +133,14 @@ def test_a_row_does_not_depend_on_its_neighbours(vocab_size: int) -> None:
 
 
 def test_the_nucleus_of_a_row_ignores_a_neighbours_wide_top_k() -> None:
-    """The mass of a whole row counts as 1 however many columns are ranked, not as the float32 sum that happens to be."""
+    """The mass of a whole row counts as 1 however many columns are ranked, not as the sum it has in float32."""
     logits = torch.randn(64, 2000, generator=torch.Generator().manual_seed(3)) * 0.5
     wide = SamplingRow(SamplingParams(top_k=2000))
     probs = torch.softmax(logits, dim=1)
     for index in range(64):
         mass = probs[index].sort(descending=True).values.double().cumsum(0)
-        between = float(mass[3]) * (1 + 1 / float(mass[-1])) / 2  # reached if the row's mass is 1, not if it is mass[-1]
+        # whether 4 tokens suffice differs between a mass of 1 and one of mass[-1]
+        between = float(mass[3]) * (1 + 1 / float(mass[-1])) / 2
         row = SamplingRow(SamplingParams(top_p=between))
         alone = probabilities(logits[index : index + 1], [row])[0]
         beside = probabilities(logits[[index, 0]], [row, wide])[0]

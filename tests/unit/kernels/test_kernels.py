@@ -1,0 +1,148 @@
+"""The native kernels against torch, and the property they exist for: a row does not depend on its company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from redraft.kernels.library import PANEL, CpuKernels, attention_items, library
+from redraft.models import attention as attention_module
+from redraft.models import packed as packed_module
+from redraft.models.packed import NativeLinear, OneDnnLinear, pack_linears
+from redraft.models.runner import Chunk, ModelRunner
+from tests.fakes import ARCHITECTURES, tiny_model
+
+BLOCK_SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CpuKernels:
+    found = library()
+    if found is None:
+        pytest.skip("NATIVE KERNELS WERE NOT BUILT: no C compiler at install, or no AVX2")
+    return found
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 40])
+@pytest.mark.parametrize(("k", "n"), [(8, 16), (64, 48), (33, 50), (576, 1), (7, 130)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_equals_torch(kernels: CpuKernels, rows: int, k: int, n: int, bias: bool) -> None:
+    layer = nn.Linear(k, n, bias=bias).requires_grad_(False)
+    layer.weight.copy_(random(n, k))
+    if bias:
+        layer.bias.copy_(random(n, seed=1))
+    x = random(2, rows, k, seed=2)
+    ours = NativeLinear(layer, kernels)(x)
+    torch.testing.assert_close(ours, layer(x), rtol=1e-5, atol=1e-4)
+    assert ours.shape == (2, rows, n)
+
+
+def test_linear_row_is_bitwise_the_same_in_any_company(kernels: CpuKernels) -> None:
+    packed = kernels.pack(random(96, 80))
+    x = random(30, 80, seed=3)
+    alone = torch.cat([kernels.linear(x[i : i + 1], packed, None, 96) for i in range(30)])
+    for rows in (2, 3, 4, 5, 6, 7, 8, 10, 17, 30):
+        together = torch.cat([kernels.linear(part, packed, None, 96) for part in x.split(rows)])
+        assert torch.equal(alone, together), f"{rows} rows at once"
+
+
+def test_pack_is_aligned_and_fills_the_last_panel_with_zeros(kernels: CpuKernels) -> None:
+    packed = kernels.pack(random(20, 3))
+    assert packed.shape == (2, 3, PANEL)
+    assert packed.data_ptr() % 64 == 0
+    assert not packed[1, :, 4:].any()
+
+
+def attention_reference(
+    query: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Naive double precision attention of [queries, heads, dim] over [kv_heads, context, dim]."""
+    group = query.shape[1] // keys.shape[0]
+    result = torch.empty_like(query)
+    for t in range(query.shape[0]):
+        end = start + t + 1
+        first = max(0, end - window) if window else 0
+        for head in range(query.shape[1]):
+            k, v = keys[head // group, first:end].double(), values[head // group, first:end].double()
+            scores = k @ query[t, head].double() * scale
+            if softcap:
+                scores = torch.tanh(scores / softcap) * softcap
+            result[t, head] = (torch.softmax(scores, 0) @ v).float()
+    return result
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 8), (9, 3, 64), (2, 2, 24), (2, 1, 128), (1, 1, 256)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0), (3, 2.0)])
+def test_attention_equals_a_naive_reference(
+    kernels: CpuKernels, heads: int, kv_heads: int, head_dim: int, window: int | None, softcap: float | None
+) -> None:
+    segments = [(0, 3, 0), (3, 1, 17), (4, 19, 10)]  # first token, length, position of the first
+    tables = [[5], [9, 1, 8, 2, 30], [3, 4, 6, 7, 10, 11, 12, 13]]
+    keys, values = random(kv_heads, 40 * BLOCK_SIZE, head_dim, seed=4), random(kv_heads, 40 * BLOCK_SIZE, head_dim, seed=5)
+    query = random(23, heads, head_dim, seed=6)
+    blocks = torch.zeros(3, 8, dtype=torch.int32)
+    for row, table in zip(blocks, tables, strict=True):
+        row[: len(table)] = torch.tensor(table)
+    scale = head_dim**-0.5
+    ours = kernels.attention(
+        query, keys, values, attention_items(segments), blocks,
+        block_size=BLOCK_SIZE, window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    for (first, length, start), table in zip(segments, tables, strict=True):
+        slots = (torch.tensor(table).unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[: start + length]
+        expected = attention_reference(
+            query[first : first + length], keys[:, slots], values[:, slots], start, scale, window, softcap
+        )
+        torch.testing.assert_close(ours[first : first + length], expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways a model can be computed on this machine."""
+    if request.param == "torch":
+        monkeypatch.setattr(packed_module, "library", lambda: None)
+        monkeypatch.setattr(attention_module, "library", lambda: None)
+    elif library() is None:
+        pytest.skip("NATIVE KERNELS WERE NOT BUILT: no C compiler at install, or no AVX2")
+    return str(request.param)
+
+
+def ragged_logits(forward: Callable[[list[Chunk]], Tensor], ids: list[int], other: list[int]) -> Tensor:
+    """All logits of `ids`, computed in pieces of several sizes beside another sequence, in scattered blocks."""
+    mine, theirs = [7, 2, 9, 4, 11, 0, 13, 15], [1, 3, 5, 6, 8, 10, 12, 14]
+    parts = [forward([Chunk(ids[:9], 0, mine, 9)])]
+    parts += [forward([Chunk(ids[i : i + 1], i, mine, 1)]) for i in range(9, 12)]
+    parts.append(forward([Chunk(other[:11], 0, theirs, 2), Chunk(ids[12:17], 12, mine, 5)])[2:])
+    parts.append(forward([Chunk(ids[17:], 17, mine, len(ids) - 17), Chunk(other[11:13], 11, theirs, 1)])[:-1])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_runner_equals_transformers(backend: str, arch: str) -> None:
+    ids = [3 + i * 7 % 60 for i in range(29)]
+    runner = ModelRunner(tiny_model(arch), num_blocks=16, block_size=BLOCK_SIZE, vocab_size=64)
+    replaced = {"native": NativeLinear, "torch": OneDnnLinear}[backend]
+    assert any(type(module) is replaced for module in runner.model.modules())
+    expected = tiny_model(arch)(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(ragged_logits(runner.forward, ids, ids[::-1]), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logits_are_bitwise_independent_of_chunks_and_neighbours(kernels: CpuKernels, arch: str) -> None:
+    ids = [3 + i * 7 % 60 for i in range(29)]
+    runner = ModelRunner(tiny_model(arch), num_blocks=16, block_size=BLOCK_SIZE, vocab_size=64)
+    at_once = runner.forward([Chunk(ids, 0, range(8), len(ids))])
+    assert torch.equal(at_once, ragged_logits(runner.forward, ids, ids[::-1]))
+
+
+def test_pack_linears_leaves_other_dtypes_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 4))
+    assert pack_linears(model) == 1
+    assert type(model[0]) is nn.Linear

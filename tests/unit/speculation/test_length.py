@@ -1,0 +1,212 @@
+"""The length controller chooses by predicted goodput: all times are given, none is measured."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from redraft.sampling.params import SamplingParams
+from redraft.speculation.length import Acceptance, LengthController, StepCost, expected_tokens
+from redraft.speculation.state import SequenceState
+
+MAX_K = 8
+
+
+def cost(**seconds_by_size: float) -> StepCost:
+    """cost(_1=1.0, _8=2.0): a pass over 1 token takes 1 s, one over 8 takes 2 s."""
+    result = StepCost()
+    for size, seconds in seconds_by_size.items():
+        result.observe(int(size[1:]), seconds)
+    return result
+
+
+def flat(seconds: float) -> StepCost:
+    """The same for every size, as on a device that waits for memory."""
+    return cost(_1=seconds, _512=seconds)
+
+
+def linear(seconds_per_token: float) -> StepCost:
+    return cost(_1=seconds_per_token, _64=64 * seconds_per_token)
+
+
+def sequence(acceptance: float | None, weight: float = 1000.0) -> SequenceState:
+    state = SequenceState([1], 1, SamplingParams(), key=0)
+    if acceptance is not None:
+        state.acceptance["draft"] = Acceptance(acceptance * weight, weight)
+    return state
+
+
+def choose(acceptance: float, target: StepCost, draft: StepCost | None, limit: int = MAX_K, batch: int = 1) -> int:
+    controller = LengthController("draft", target, draft)
+    (k,) = set(controller.choose([sequence(acceptance)] * batch, [limit] * batch))
+    return k
+
+
+def best_k(acceptance: float, target: float, draft: float) -> int:
+    """By the formula of Leviathan et al., for a target whose cost does not depend on k."""
+    return max(range(MAX_K + 1), key=lambda k: expected_tokens(acceptance, k) / (target + k * draft))
+
+
+def test_expected_tokens() -> None:
+    assert expected_tokens(0.0, 5) == 1.0
+    assert expected_tokens(0.5, 2) == pytest.approx(1.75)
+    assert expected_tokens(0.999, 3) == pytest.approx(1 + 0.999 + 0.999**2 + 0.999**3)
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("draft", [0.02, 0.1, 0.3])
+def test_close_to_the_optimum(acceptance: float, draft: float) -> None:
+    """Goodput within the hysteresis of the best k's."""
+    chosen = choose(acceptance, flat(1.0), flat(draft))
+    goodput = [expected_tokens(acceptance, k) / (1.0 + k * draft) for k in range(MAX_K + 1)]
+    assert goodput[chosen] >= goodput[best_k(acceptance, 1.0, draft)] / 1.021
+
+
+def test_nothing_when_the_draft_is_dear_or_wrong() -> None:
+    assert choose(0.6, flat(1.0), flat(1.0)) == 0
+    assert choose(0.05, flat(1.0), flat(0.2)) == 0
+    assert choose(0.3, linear(1.0), flat(0.05)) == 0, "every verified token costs as much as a plain one"
+
+
+def test_everything_when_it_is_cheap_and_right() -> None:
+    assert choose(0.95, flat(1.0), flat(0.001)) == MAX_K
+    assert choose(0.95, flat(1.0), None) == MAX_K
+    assert choose(0.95, flat(1.0), flat(0.001), limit=3) == 3
+
+
+def test_more_acceptance_never_means_fewer_tokens() -> None:
+    for draft in (0.05, 0.1, 0.3):
+        chosen = [choose(a / 20, flat(1.0), flat(draft)) for a in range(20)]
+        assert chosen == sorted(chosen)
+        assert chosen[0] == 0
+        assert chosen[-1] > 1
+
+
+def test_a_dearer_draft_never_means_more_tokens() -> None:
+    chosen = [choose(0.7, flat(1.0), flat(c / 20)) for c in range(1, 30)]
+    assert chosen == sorted(chosen, reverse=True)
+
+
+def test_nothing_measured_yet_means_try() -> None:
+    assert choose(0.5, StepCost(), StepCost()) > 0
+
+
+def test_every_sequence_keeps_its_own_limit() -> None:
+    controller = LengthController("draft", flat(1.0), flat(0.001))
+    assert controller.choose([sequence(0.95)] * 4, [5, 0, 2, 8]) == [5, 0, 2, 8]
+
+
+def test_a_poor_sequence_in_a_good_batch_is_trimmed() -> None:
+    """Verification costs per token: the sequence whose tokens are rarely accepted drafts fewer of them."""
+    controller = LengthController("draft", cost(_1=1.0, _64=4.0), flat(0.001))
+    good, poor = controller.choose([sequence(0.98), sequence(0.3)], [MAX_K, MAX_K])
+    assert good > poor >= 1
+
+
+def test_hysteresis_keeps_k_in_both_directions() -> None:
+    """Goodput at k = 2 and 3 differ by 1%: whichever is in use stays in use; 5% move it."""
+    acceptance = 0.6
+    tokens = [expected_tokens(acceptance, k) for k in range(4)]
+    for better, others in ((2, 3), (3, 2)):
+        for advantage, stays in ((1.01, True), (1.05, False)):
+            controller = LengthController("draft", StepCost(), None)
+            seconds = {0: 10.0, 1: 10.0, better: tokens[better], others: tokens[others] * advantage}
+            for k, s in seconds.items():
+                controller.target_cost.observe(1 + k, s)
+            controller._last_k = others
+            chosen = controller.choose([sequence(acceptance)], [3])
+            assert chosen == [others if stays else better], (better, advantage)
+
+
+def test_idle_probes_come_ever_later_and_a_success_brings_them_back() -> None:
+    controller = LengthController("draft", flat(1.0), flat(1.0))
+    state = sequence(0.2)
+
+    def steps_to_probe() -> int:
+        for count in range(1, 2000):
+            chosen = controller.choose([state], [4])
+            if chosen != [0]:
+                assert chosen == [1]
+                return count
+        raise AssertionError("never probed")
+
+    waits = [steps_to_probe() for _ in range(7)]
+    assert waits == [32, 64, 128, 256, 512, 512, 512]
+    controller.observe(state, 1, 1)
+    assert steps_to_probe() == 32
+
+
+def test_steps_in_which_nobody_may_draft_change_nothing() -> None:
+    """A batch in prefill is no sign that drafting does not pay."""
+    controller = LengthController("draft", flat(1.0), flat(0.001))
+    assert controller.choose([sequence(0.95)], [MAX_K]) == [MAX_K]
+    for _ in range(100):
+        assert controller.choose([sequence(0.95)] * 2, [0, 0]) == [0, 0]
+    assert controller._last_k == MAX_K
+    assert controller._idle_steps == 0
+
+
+def test_acceptance_forgets() -> None:
+    """After a change of topic the rate follows within tens of steps."""
+    acceptance = Acceptance()
+    for _ in range(100):
+        acceptance.observe(4, 4)
+    assert acceptance.rate(0.5) > 0.9
+    for _ in range(40):
+        acceptance.observe(0, 4)
+    assert acceptance.rate(0.5) < 0.2
+
+
+def test_only_reached_positions_count_as_tested() -> None:
+    acceptance = Acceptance()
+    acceptance.observe(1, 5)  # the second was rejected, the rest never looked at
+    assert (acceptance.accepted, acceptance.tested) == (1, 2)
+    acceptance = Acceptance()
+    acceptance.observe(5, 5)
+    assert (acceptance.accepted, acceptance.tested) == (5, 5)
+
+
+def test_a_young_sequence_goes_by_the_others() -> None:
+    controller = LengthController("draft", flat(1.0), flat(0.2))
+    for _ in range(200):
+        controller.observe(sequence(None), 4, 4)
+    assert controller.choose([sequence(None)], [MAX_K])[0] > 4
+    for _ in range(200):
+        controller.observe(sequence(None), 0, 4)
+    assert controller.choose([sequence(None)], [MAX_K]) == [0]
+
+
+def test_acceptance_is_kept_by_proposer_name() -> None:
+    state = sequence(None)
+    LengthController("draft", StepCost(), None).observe(state, 1, 2)
+    LengthController("ngram", StepCost(), None).observe(state, 0, 2)
+    assert state.acceptance["draft"].accepted == 1
+    assert state.acceptance["ngram"].accepted == 0
+
+
+def test_step_cost_interpolates_and_extrapolates() -> None:
+    costs = cost(_2=1.0, _4=3.0, _8=4.0)
+    assert costs.estimate(1) == 1.0, "below the smallest: as the smallest"
+    assert costs.estimate(2) == 1.0
+    assert costs.estimate(3) == pytest.approx(2.0)
+    assert costs.estimate(6) == pytest.approx(3.5)
+    assert costs.estimate(16) == pytest.approx(8.0), "beyond the largest: proportional"
+    assert StepCost().estimate(5) == 0.0
+
+
+def test_step_cost_is_a_moving_average() -> None:
+    costs = cost(_4=1.0)
+    costs.observe(4, 2.0)
+    assert costs.estimate(4) == pytest.approx(1.1)
+    for _ in range(100):
+        costs.observe(4, 2.0)
+    assert costs.estimate(4) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_large_steps_share_a_size_class() -> None:
+    costs = StepCost()
+    for size in (33, 40, 64):
+        costs.observe(size, 1.0)
+    assert costs.estimate(64) == 1.0
+    assert math.isclose(costs.estimate(128), 2.0)
