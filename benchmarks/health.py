@@ -79,7 +79,7 @@ def main(
         answers.seek(0)
         measured = [(float(due), float(latency)) for due, latency in map(str.split, answers)]
     write_page(output, "Health under load", machine_line() + ".", _parts(phases, measured, streams, prompt_tokens))
-    console.print(output.read_text(encoding="utf-8"), markup=False)
+    typer.echo(output.read_text(encoding="utf-8"))
 
 
 @contextmanager

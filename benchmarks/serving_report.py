@@ -100,7 +100,7 @@ def _setting(setting: Setting) -> str:
     floor = statistics.mean(setting.bandwidths_gb_s) * 1e9 / setting.weight_bytes
     return (
         f"{setting.models}. {setting.prompts}; {setting.new_tokens} new tokens each, greedy, end-of-text ignored, "
-        f"at most {setting.k} draft tokens wherever there is speculation. While measuring, {setting.load.describe()}.\n\n"
+        f"k at most {setting.k} wherever there is speculation. While measuring, {setting.load.describe()}.\n\n"
         f"Memory read {speeds} GB/s before and after. A token that reads all {setting.weight_bytes / 1e6:.0f} MB of "
         f"weights once can then come at {floor:.1f} tokens/s at most: the ceiling of plain decoding at batch 1."
     )
@@ -109,7 +109,7 @@ def _setting(setting: Setting) -> str:
 def _columns() -> str:
     return (
         "Ratio: speed over the mean of the two runs of transformers plain in the same cycle, median and "
-        "range over the cycles. In the row of transformers plain it is its second run over its first, that is, the noise. "
+        "range over the cycles. In the row of transformers plain it is its second run over its first: the noise. "
         "Tokens/s: median, prefill included, for orientation only. Tokens a pass: new tokens per target pass and "
         "sequence. Same tokens: cycles in which all tokens equal those of transformers plain (fp32 ties can differ)."
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import torch
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
@@ -39,6 +40,8 @@ TARGET_SEED, DRAFT_A, DRAFT_B = 0, 11, 12
 WAIT_S = 60.0
 _request_numbers = itertools.count()
 
+torch.set_num_threads(1)  # on tiny models several threads only wait for each other
+
 
 @dataclass(frozen=True)
 class EngineSpec:
@@ -53,7 +56,7 @@ class EngineSpec:
     block_size: int = 4
     max_running: int = 16
     max_batch_tokens: int = 64
-    max_catch_up: int = 16
+    max_catch_up: int = 16  # small, so that prompts are caught up with in pieces
     max_waiting: int = 256
     prefix_cache: bool = True
     adaptive: bool = False
@@ -91,6 +94,31 @@ class Collected:
     @property
     def finished(self) -> RequestFinished:
         return next(e for e in self.events if isinstance(e, RequestFinished))
+
+
+class Acting(Collected):
+    """A sink that does something, on the engine's thread, when its n-th delivery comes."""
+
+    def __init__(self, action: Callable[[], object], at: int = 1) -> None:
+        super().__init__()
+        self.action, self.at, self.deliveries = action, at, 0
+
+    def __call__(self, events: list[EngineEvent]) -> None:
+        super().__call__(events)
+        self.deliveries += 1
+        if self.deliveries == self.at:
+            self.action()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def make_runner(model: PreTrainedModel, spec: EngineSpec) -> ModelRunner:
@@ -155,7 +183,7 @@ def engine_info(spec: EngineSpec, tokenizer: Tokenizer) -> EngineInfo:
 
 @contextmanager
 def running_engine(
-    spec: EngineSpec = EngineSpec(),  # noqa: B008 - frozen
+    spec: EngineSpec = EngineSpec(),
     *,
     sink: RecordSink | None = None,
     registry: CollectorRegistry | None = None,
@@ -198,7 +226,9 @@ def running_engine(
         assert engine.scheduler.pool.num_free == spec.num_blocks
 
 
-def request(prompt: Sequence[int], params: SamplingParams, max_new_tokens: int = 24, **changes: object) -> EngineRequest:
+def request(
+    prompt: Sequence[int], params: SamplingParams, max_new_tokens: int = 24, **changes: object
+) -> EngineRequest:
     """A request with an id of its own that ignores end-of-text, unless told otherwise."""
     base = EngineRequest(
         request_id=f"r{next(_request_numbers)}",
@@ -215,3 +245,44 @@ def generate(engine: Engine, requests: Sequence[EngineRequest]) -> list[Collecte
     for one, sink in zip(requests, collected, strict=True):
         engine.submit(one, sink)
     return [sink.wait() for sink in collected]
+
+
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """The engine stands between two steps, so that what is submitted meanwhile waits."""
+    entered, go = threading.Event(), threading.Event()
+
+    def stand() -> None:
+        entered.set()
+        assert go.wait(WAIT_S)
+
+    future = engine.between_steps(stand)
+    assert entered.wait(WAIT_S)
+    try:
+        yield
+    finally:
+        go.set()
+        future.result(WAIT_S)
+
+
+def submit(engine: Engine, one: EngineRequest, sink: Collected | None = None) -> Collected:
+    sink = sink or Collected()
+    engine.submit(one, sink)
+    return sink
+
+
+def check_identities(collected: Collected, n: int = 1) -> None:
+    finished = collected.finished
+    stats = finished.speculation
+    assert collected.events[-1] is finished
+    assert sum(isinstance(e, RequestFinished) for e in collected.events) == 1
+    assert finished.completion_tokens == sum(len(collected.token_ids(i)) for i in range(n))
+    assert finished.completion_tokens == stats.accepted_tokens + stats.verify_steps - stats.truncated_tokens
+    assert sum(stats.acceptance_histogram) == stats.spec_steps
+    assert sum(j * count for j, count in enumerate(stats.acceptance_histogram)) == stats.accepted_tokens
+    assert stats.spec_steps <= stats.verify_steps
+    assert stats.accepted_tokens <= stats.draft_tokens
+    assert stats.expected_acceptance_positions <= stats.draft_tokens
+    for index in range(n):
+        assert [d.finish_reason for d in collected.deltas(index)[:-1]] == [None] * (len(collected.deltas(index)) - 1)
+        assert collected.finish_reason(index) is not None

@@ -115,9 +115,10 @@ static void run(item_fn function, void *arg, long num_items) {
 }
 
 /* ---- linear: y[m, n] = x[m, k] w[n, k]^T + bias. Weights come packed in panels of 16 outputs, [n / 16][k][16]; a panel
- * is read from memory once and serves up to 6 rows of x from registers, further rows from the cache ---- */
+ * is read from memory once and serves up to 6 rows of x from registers, further rows from the first-level cache, which
+ * holds K_BLOCK steps of it ---- */
 
-enum { PANEL = 16, PREFETCH_FLOATS = 256 };
+enum { PANEL = 16, PREFETCH_FLOATS = 256, K_BLOCK = 256 };
 
 typedef struct {
   const float *x, *panels, *bias;
@@ -125,14 +126,14 @@ typedef struct {
   long m, k, n, panels_per_item;
 } linear_job;
 
-/* x packed [k][rows]; acc order over k is the same for every number of rows */
+/* k steps of x, packed [k][rows], added to y (or to the bias, at the start): one sum in order of k, however it is cut */
 #define DEFINE_PANEL(ROWS)                                                                                      \
-  AVX2 static void panel_##ROWS(const float *restrict x, const float *restrict w, long k, float *restrict y,    \
-                                long n, const float *bias) {                                                    \
+  AVX2 static void panel_##ROWS(const float *restrict x, const float *restrict w, long k, float *y,             \
+                                long n, const float *start, long stride) {                                      \
     __m256 low[ROWS], high[ROWS];                                                                               \
     for (int r = 0; r < ROWS; r++) {                                                                            \
-      low[r] = bias ? _mm256_loadu_ps(bias) : _mm256_setzero_ps();                                              \
-      high[r] = bias ? _mm256_loadu_ps(bias + 8) : _mm256_setzero_ps();                                         \
+      low[r] = start ? _mm256_loadu_ps(start + r * stride) : _mm256_setzero_ps();                               \
+      high[r] = start ? _mm256_loadu_ps(start + r * stride + 8) : _mm256_setzero_ps();                          \
     }                                                                                                           \
     for (long i = 0; i < k; i++, w += PANEL, x += ROWS) {                                                       \
       __m256 w_low = _mm256_load_ps(w), w_high = _mm256_load_ps(w + 8);                                         \
@@ -158,18 +159,25 @@ static void linear_item(void *arg, long item) {
   long first = item * job->panels_per_item, last = first + job->panels_per_item;
   if (last > job->n / PANEL) last = job->n / PANEL;
   for (long p = first; p < last; p++) {
-    const float *w = job->panels + p * PANEL * job->k, *bias = job->bias ? job->bias + p * PANEL : NULL;
-    for (long row = 0, rows; row < job->m; row += rows) {
-      const float *x = job->x + row * job->k;
-      float *y = job->y + row * job->n + p * PANEL;
-      rows = next_rows(job->m - row);
-      switch (rows) {
-        case 1: panel_1(x, w, job->k, y, job->n, bias); break;
-        case 2: panel_2(x, w, job->k, y, job->n, bias); break;
-        case 3: panel_3(x, w, job->k, y, job->n, bias); break;
-        case 4: panel_4(x, w, job->k, y, job->n, bias); break;
-        case 5: panel_5(x, w, job->k, y, job->n, bias); break;
-        default: panel_6(x, w, job->k, y, job->n, bias);
+    const float *bias = job->bias ? job->bias + p * PANEL : NULL;
+    long n = job->n, k_block = job->m <= 6 ? job->k : K_BLOCK;
+    for (long k = 0; k < job->k; k += k_block) {
+      const float *w = job->panels + (p * job->k + k) * PANEL;
+      long steps = job->k - k < k_block ? job->k - k : k_block;
+      for (long row = 0, rows; row < job->m; row += rows) {
+        rows = next_rows(job->m - row);
+        const float *x = job->x + row * job->k + k * rows;
+        float *y = job->y + row * n + p * PANEL;
+        const float *start = k ? y : bias;
+        long stride = k ? n : 0;
+        switch (rows) {
+          case 1: panel_1(x, w, steps, y, n, start, stride); break;
+          case 2: panel_2(x, w, steps, y, n, start, stride); break;
+          case 3: panel_3(x, w, steps, y, n, start, stride); break;
+          case 4: panel_4(x, w, steps, y, n, start, stride); break;
+          case 5: panel_5(x, w, steps, y, n, start, stride); break;
+          default: panel_6(x, w, steps, y, n, start, stride);
+        }
       }
     }
   }

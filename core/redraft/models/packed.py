@@ -23,10 +23,13 @@ class NativeLinear(nn.Module):
         super().__init__()
         self._kernels = kernels
         self.out_features = linear.out_features
-        self._packed = kernels.pack(linear.weight.detach())
-        self._bias: Tensor | None = None
-        if linear.bias is not None:
-            self._bias = nn.functional.pad(linear.bias.detach(), (0, -linear.out_features % PANEL)).contiguous()
+        self._packed: Tensor
+        self._bias: Tensor | None
+        self.register_buffer("_packed", kernels.pack(linear.weight.detach()), persistent=False)
+        bias = linear.bias
+        if bias is not None:
+            bias = nn.functional.pad(bias.detach(), (0, -linear.out_features % PANEL)).contiguous()
+        self.register_buffer("_bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in_features] float32 -> [.., out_features] float32."""

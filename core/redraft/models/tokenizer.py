@@ -55,7 +55,8 @@ class Tokenizer:
         a special token is read as that token. Raises `ValueError` if `text` is not valid Unicode.
         """
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # the batch call lets go of the GIL: a long text must not stop every other thread
+            return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError("the text is not valid Unicode (a lone surrogate)") from error
 

@@ -198,5 +198,6 @@ def _draft_version(draft: LoadedModel) -> str:
 
 
 def _num_bytes(loaded: LoadedModel) -> int:
-    """Bytes of the parameters, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
+    """Bytes the weights occupy: parameters (tied ones once) and packed copies."""
+    tensors = (*loaded.model.parameters(), *loaded.model.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -10,7 +10,7 @@ import grpc
 
 from redraft.telemetry.observations import RequestObservation
 from redraft_server.engine.api import ChoiceDelta, EngineClient, EngineRequest, FinishReason, RequestFinished
-from redraft_server.rpc.mailbox import Mailbox
+from redraft_server.rpc.mailbox import Mailbox, MailboxClosed
 from redraft_server.rpc.status import StatusError, cancelled, deadline_exceeded, internal
 
 
@@ -89,7 +89,10 @@ class GenerationCall:
 
     async def take(self) -> list[ChoiceDelta] | RequestFinished:
         """What came next. Raises `StatusError` if the request ended in a way that has no message."""
-        part = await self._mailbox.take()
+        try:
+            part = await self._mailbox.take()
+        except MailboxClosed:
+            raise deadline_exceeded("the stream was not read in time") from None
         if isinstance(part, RequestFinished):
             if part.error is not None:
                 raise internal()
@@ -101,7 +104,7 @@ class GenerationCall:
         return part
 
     def close(self) -> None:
-        """The RPC is over, however it went."""
+        """The RPC is over, however it went; or its time is, and unread messages are dropped. Idempotent."""
         if not self._mailbox.is_finished:
             reason = FinishReason.DEADLINE if self.seconds_left() <= 0 else FinishReason.CANCELLED
             self._report.finish_reason = self._report.finish_reason or reason.value

@@ -73,6 +73,10 @@ class _Message:
         self.chars += len(delta.text)
 
 
+class MailboxClosed(Exception):
+    """There is nothing to take any more."""
+
+
 class Mailbox:
     """Events of one request. `sink` is for the engine's thread; everything else for the event loop.
 
@@ -96,9 +100,10 @@ class Mailbox:
             return
 
     def close(self) -> None:
-        """Drop what is there and what still comes: the client has gone."""
+        """Drop what is there and what still comes: nobody will read it."""
         self._closed = True
         self._messages.clear()
+        self._changed.set()
 
     @property
     def is_finished(self) -> bool:
@@ -109,8 +114,14 @@ class Mailbox:
         return len(self._messages)
 
     async def take(self) -> list[ChoiceDelta] | RequestFinished:
-        """The next message's deltas (one per choice, by index), or the last event once all are taken."""
+        """The next message's deltas (one per choice, by index), or the last event once all are taken.
+
+        Raises:
+            MailboxClosed: after `close`.
+        """
         while not self._messages:
+            if self._closed:
+                raise MailboxClosed
             if self._finished is not None:
                 return self._finished
             self._changed.clear()

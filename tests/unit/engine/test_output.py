@@ -177,9 +177,7 @@ def test_end_of_text_releases_what_was_held_back() -> None:
 
 @pytest.mark.parametrize(("include", "text"), [(False, "a"), (True, "az")])
 def test_a_stop_token_id_is_named_and_included_on_demand(include: bool, text: str) -> None:
-    result = run(
-        [[*ids("a"), STOP_ID, *ids("b")]], stop_token_ids=frozenset({STOP_ID}), include_stop_sequence=include
-    )
+    result = run([[*ids("a"), STOP_ID, *ids("b")]], stop_token_ids=frozenset({STOP_ID}), include_stop_sequence=include)
     assert result == (text, 2, FinishReason.STOP_SEQUENCE, STOP_ID)
 
 

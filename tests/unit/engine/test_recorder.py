@@ -10,10 +10,9 @@ from prometheus_client import CollectorRegistry
 
 from redraft.sampling.params import SamplingParams, StoppingParams
 from redraft.traffic.record import TrafficRecord
-from redraft_server.engine.api import EngineEvent, FinishReason
-from redraft_server.engine.engine import Engine
+from redraft_server.engine.api import FinishReason
 from redraft_server.engine.recorder import Recorder
-from tests.engine_harness import TARGET_SEED, Collected, EngineSpec, generate, request, running_engine
+from tests.engine_harness import TARGET_SEED, Acting, EngineSpec, generate, request, running_engine, submit
 from tests.fakes import tiny_model
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -119,24 +118,11 @@ def test_an_opted_out_request_is_neither_recorded_nor_captured() -> None:
     assert {scheduled.work.teacher_top_n for scheduled in work} == {0}
 
 
-class CancelsItself(Collected):
-    def __init__(self, engine: Engine, request_id: str, at: int) -> None:
-        super().__init__()
-        self.engine, self.request_id, self.at = engine, request_id, at
-
-    def __call__(self, events: list[EngineEvent]) -> None:
-        super().__call__(events)
-        if len(self.events) == self.at:
-            self.engine.cancel(self.request_id)
-
-
 def test_a_cancelled_request_is_recorded_as_far_as_it_came() -> None:
     log = Log()
     with running_engine(spec(), sink=log) as engine:
         one = request(PROMPT, GREEDY, 200)
-        sink = CancelsItself(engine, one.request_id, at=3)
-        engine.submit(one, sink)
-        sink.wait()
+        sink = submit(engine, one, Acting(lambda: engine.cancel(one.request_id), at=3)).wait()
     [record] = log.records
     assert sink.finish_reason() is FinishReason.CANCELLED
     assert record.finish_reason == "cancelled"

@@ -165,7 +165,7 @@ def test_the_youngest_is_preempted_and_goes_on_where_it_was() -> None:
 
 def test_preempted_completions_return_before_new_ones_and_in_their_order() -> None:
     sim = Simulation(num_blocks=8, block_size=2, max_batch_tokens=16, k=0)
-    first, *others = (sim.add([i, 2, 3], max_new_tokens=12) for i in range(3))
+    _, *others = (sim.add([i, 2, 3], max_new_tokens=12) for i in range(3))
     while sim.scheduler.num_preemptions < 2:
         sim.step()
     newcomer = sim.add([9], max_new_tokens=1)

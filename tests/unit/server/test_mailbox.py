@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from redraft_server.engine.api import ChoiceDelta, EngineEvent, FinishReason, RequestFinished, SpeculationStats
-from redraft_server.rpc.mailbox import MESSAGE_CHARS, MESSAGE_TOKENS, Mailbox
+from redraft_server.rpc.mailbox import MESSAGE_CHARS, MESSAGE_TOKENS, Mailbox, MailboxClosed
 
 FINISHED = RequestFinished(1, 1, 0, None, SpeculationStats(), 0.0, None, 0.0, 0.0, 0.0)
 
@@ -82,6 +84,17 @@ async def test_after_close_nothing_is_kept_but_the_end_is_still_noticed() -> Non
     await send_from_thread(mailbox, [ChoiceDelta(0, "b")], [FINISHED])
     assert mailbox.pending_messages == 0
     assert seen == [FINISHED]
+    with pytest.raises(MailboxClosed):
+        await mailbox.take()
+
+
+async def test_close_wakes_a_waiting_reader() -> None:
+    mailbox, _ = new_mailbox()
+    taking = asyncio.ensure_future(mailbox.take())
+    await settle()
+    mailbox.close()
+    with pytest.raises(MailboxClosed):
+        await taking
 
 
 def test_a_closed_loop_is_no_error_for_the_engine() -> None:
