@@ -24,6 +24,7 @@ from redraft.speculation.step import StepOutput, StepResult, Work, speculative_s
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 256
+MAX_TOKENS = 100
 
 
 @torch.inference_mode()
@@ -71,15 +72,19 @@ def make_runner(model: PreTrainedModel) -> ModelRunner:
 
 
 def make_states(
-    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, max_tokens: int = 100, **changes: int
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    *,
+    min_new_tokens: int = 0,
+    end_token_ids: tuple[int, ...] = (),
 ) -> list[SequenceState]:
-    """States with scattered blocks for `max_tokens` positions each; state i has key 1000 + i."""
+    """States with scattered blocks for MAX_TOKENS positions each; state i has key 1000 + i."""
     free = list(range(NUM_BLOCKS))
     random.Random(7).shuffle(free)
-    count = -(-max_tokens // BLOCK_SIZE)
+    count = -(-MAX_TOKENS // BLOCK_SIZE)
     states = []
     for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
-        state = SequenceState(list(prompt), len(prompt), own, key=1000 + index, **changes)
+        state = SequenceState(list(prompt), len(prompt), own, 1000 + index, min_new_tokens, end_token_ids)
         state.block_ids = free[index * count : (index + 1) * count]
         states.append(state)
     return states

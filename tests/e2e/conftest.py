@@ -28,14 +28,12 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference() -> PreTrainedModel:
-    """transformers' own demo target: float32, eager or SDPA attention as transformers chooses."""
+    """transformers' own demo target, float32."""
     return load_model(DEMO).model
 
 
 @pytest.fixture(scope="session")
-def demo_models(
-    draft_dir: Path, reference: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory
-) -> DemoModels:
+def demo_models(draft_dir: Path, reference: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
     other = tmp_path_factory.mktemp("drafts") / "B"
     init_draft(DEMO, other, layers=DRAFT_LAYERS["B"])
     return DemoModels.load(reference, {"A": draft_dir, "B": other})

@@ -140,7 +140,11 @@ def test_metrics_and_probes(client: Client, server: ServerProcess) -> None:
             assert reply.status == 200
     with urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as reply:
         page = reply.read().decode()
-    for name in ("redraft_requests_total{", "redraft_spec_decode_num_draft_tokens_total{", "grpc_server_handled_total{"):
+    for name in (
+        "redraft_requests_total{",
+        "redraft_spec_decode_num_draft_tokens_total{",
+        "grpc_server_handled_total{",
+    ):
         assert f"\n{name}" in page
     assert 'model="SmolLM2-135M-Instruct"' in page
 

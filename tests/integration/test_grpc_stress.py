@@ -117,7 +117,6 @@ async def test_cancelled_and_late_streams_leave_nothing_behind() -> None:
             assert not live_objects()
             memory.append((sys.getallocatedblocks(), resident_bytes()))
         codes = codes_of(served)
-    print(ends, codes, memory)
     assert set(codes) <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}
     assert min(ends["cancelled"], ends["complete"], ends["deadline"]) >= ROUNDS, ends
     blocks, resident = zip(*memory[WARM_UP_ROUNDS - 1 :], strict=True)
@@ -136,10 +135,17 @@ def codes_of(served: Served) -> Counter[str]:
 
 async def test_a_client_that_never_reads_costs_no_blocks_and_loses_nothing() -> None:
     """Its stream is far larger than what gRPC buffers; the engine finishes it all the same."""
-    wide: GenerateParams = {"max_new_tokens": 100, "ignore_eos": True, "n": 8, "logprobs": 20, "temperature": 1.0}
+    wide: GenerateParams = {
+        "max_new_tokens": 100,
+        "ignore_eos": True,
+        "n": 8,
+        "logprobs": 20,
+        "token_ids": True,
+        "seed": 1,
+    }
     spec = replace(SPEC, num_blocks=512)
     async with served_engine(spec) as served:
-        unread = served.client.stream("never read", token_ids=True, seed=1, **wide)
+        unread = served.client.stream("never read", **wide)
         other = await served.client.generate("somebody else", max_new_tokens=16, ignore_eos=True)
         assert other.usage.completion_tokens == 16
         async with asyncio.timeout(60):
@@ -153,7 +159,7 @@ async def test_a_client_that_never_reads_costs_no_blocks_and_loses_nothing() -> 
         assert unread.result.usage.completion_tokens == 800
         assert all(len(choice.logprobs) == 100 for choice in unread.result.choices)
         assert num_messages < 100  # what piled up was merged
-        same = await served.client.generate("never read", token_ids=True, seed=1, **wide)
+        same = await served.client.generate("never read", **wide)
         assert [c.token_ids for c in same.choices] == [c.token_ids for c in unread.result.choices]
     assert not live_objects()
 

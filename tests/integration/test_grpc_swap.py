@@ -21,10 +21,10 @@ PROMPTS = ("hello there", "one two three one two", "abab abab abab ab", "x", "a 
 SAMPLING: GenerateParams = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 40, "ignore_eos": True}
 
 
-async def stream_all(served: Served, **more: object) -> list[GenerationResult]:
+async def stream_all(served: Served, n: int = 1, speculation: bool = True) -> list[GenerationResult]:
     async def one(seed: int, prompt: str) -> GenerationResult:
-        params: GenerateParams = {**SAMPLING, **more, "seed": seed}  # type: ignore[typeddict-item]
-        stream = served.client.stream(prompt, token_ids=True, **params)
+        asked: GenerateParams = {"seed": seed, "n": n, "speculation": speculation, "token_ids": True}
+        stream = served.client.stream(prompt, **{**SAMPLING, **asked})
         async for _ in stream:
             pass
         return stream.result
@@ -105,11 +105,12 @@ async def test_a_swap_in_the_middle_of_a_stream_shows_in_its_figures_only() -> N
 
 
 async def test_a_running_stream_goes_on_with_the_new_draft() -> None:
+    long: GenerateParams = {**SAMPLING, "seed": 3, "max_new_tokens": 120}
     async with served_engine(SPEC) as served:
-        plain = await served.client.generate("hello there", seed=3, **{**SAMPLING, "max_new_tokens": 120})
+        plain = await served.client.generate("hello there", **long)
         await asyncio.wrap_future(served.engine.replace_proposer(draft(DRAFT_A, 1), 1))
         second = draft(DRAFT_B, 2)
-        stream = served.client.stream("hello there", seed=3, **{**SAMPLING, "max_new_tokens": 120})
+        stream = served.client.stream("hello there", **long)
         await anext(stream)
         swapped = served.engine.replace_proposer(second, 2)
         async for _ in stream:

@@ -222,14 +222,14 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
     """Several sequences, k 2, 0, 3 and 1 of different kinds, give the verdicts they give alone."""
     rng = np.random.default_rng(8)
     kinds = [("random", 2), ("random", 0), ("one_hot_draft", 3), ("sparse", 1)]
+    built = [tables(case, 4, max(k, 1)) for case, k in kinds]
     for _ in range(200):
         target_rows, own, alone = [], [], []
         accept = torch.tensor(rng.random(6))
         recover = torch.tensor(rng.random(10))
         layout = Layout.of([k for _, k in kinds])
         first_draft = 0
-        for number, (case, k) in enumerate(kinds):
-            target, draft, certain = tables(case, 4, max(k, 1))
+        for number, ((_, k), (target, draft, certain)) in enumerate(zip(kinds, built, strict=True)):
             path: list[int] = []
             for _ in range(k):
                 row = draft[path].astype(np.float64)

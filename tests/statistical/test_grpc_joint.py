@@ -75,24 +75,24 @@ def exact_joint(params: GenerateParams) -> np.ndarray:
         rows = [SamplingRow(sampling, prompt_ids=PROMPT, output_ids=context) for context in contexts]
         step = probabilities(logits, rows).double().numpy()
         joint = joint[..., None] * step.reshape((VOCAB_SIZE,) * (depth + 1))
-    return joint / joint.sum()
+    normalised: np.ndarray = joint / joint.sum()
+    return normalised
 
 
 async def sample(served: Served, params: GenerateParams, coupling: Coupling) -> list[GenerationResult]:
     gate = asyncio.Semaphore(CONCURRENCY)
 
     async def one(seed: int) -> GenerationResult:
+        asked: GenerateParams = {
+            "seed": seed,
+            "coupling": coupling,
+            "n": SAMPLES,
+            "max_new_tokens": NUM_TOKENS,
+            "ignore_eos": True,
+            "token_ids": True,
+        }
         async with gate:
-            return await served.client.generate(
-                PROMPT,
-                seed=seed,
-                coupling=coupling,
-                n=SAMPLES,
-                max_new_tokens=NUM_TOKENS,
-                ignore_eos=True,
-                token_ids=True,
-                **params,
-            )
+            return await served.client.generate(PROMPT, **{**params, **asked})
 
     return await asyncio.gather(*(one(seed) for seed in range(NUM_REQUESTS)))
 

@@ -126,30 +126,43 @@ typedef struct {
   long m, k, n, panels_per_item;
 } linear_job;
 
-/* k steps of x, packed [k][rows], added to y (or to the bias, at the start): one sum in order of k, however it is cut */
-#define DEFINE_PANEL(ROWS)                                                                                      \
-  AVX2 static void panel_##ROWS(const float *restrict x, const float *restrict w, long k, float *y,             \
-                                long n, const float *start, long stride) {                                      \
-    __m256 low[ROWS], high[ROWS];                                                                               \
-    for (int r = 0; r < ROWS; r++) {                                                                            \
-      low[r] = start ? _mm256_loadu_ps(start + r * stride) : _mm256_setzero_ps();                               \
-      high[r] = start ? _mm256_loadu_ps(start + r * stride + 8) : _mm256_setzero_ps();                          \
-    }                                                                                                           \
-    for (long i = 0; i < k; i++, w += PANEL, x += ROWS) {                                                       \
-      __m256 w_low = _mm256_load_ps(w), w_high = _mm256_load_ps(w + 8);                                         \
-      _mm_prefetch((const char *)(w + PREFETCH_FLOATS), _MM_HINT_T0);                                           \
-      for (int r = 0; r < ROWS; r++) {                                                                          \
-        __m256 value = _mm256_broadcast_ss(x + r);                                                              \
-        low[r] = _mm256_fmadd_ps(value, w_low, low[r]);                                                         \
-        high[r] = _mm256_fmadd_ps(value, w_high, high[r]);                                                      \
-      }                                                                                                         \
-    }                                                                                                           \
-    for (int r = 0; r < ROWS; r++) {                                                                            \
-      _mm256_storeu_ps(y + r * n, low[r]);                                                                      \
-      _mm256_storeu_ps(y + r * n + 8, high[r]);                                                                 \
-    }                                                                                                           \
+/* k steps of x, packed [k][rows], added to y (or to the bias, at the start): one sum in order of k, however it is cut.
+ * Written out row by row because compilers keep an array of accumulators in memory. */
+#define START(r)                                                                          \
+  __m256 low##r = start ? _mm256_loadu_ps(start + r * stride) : _mm256_setzero_ps();      \
+  __m256 high##r = start ? _mm256_loadu_ps(start + r * stride + 8) : _mm256_setzero_ps();
+#define STEP(r)                                                   \
+  {                                                               \
+    __m256 value = _mm256_broadcast_ss(x + r);                    \
+    low##r = _mm256_fmadd_ps(value, w_low, low##r);               \
+    high##r = _mm256_fmadd_ps(value, w_high, high##r);            \
   }
-DEFINE_PANEL(1) DEFINE_PANEL(2) DEFINE_PANEL(3) DEFINE_PANEL(4) DEFINE_PANEL(5) DEFINE_PANEL(6)
+#define STORE(r)                            \
+  _mm256_storeu_ps(y + r * n, low##r);      \
+  _mm256_storeu_ps(y + r * n + 8, high##r);
+#define ROWS_1(DO) DO(0)
+#define ROWS_2(DO) ROWS_1(DO) DO(1)
+#define ROWS_3(DO) ROWS_2(DO) DO(2)
+#define ROWS_4(DO) ROWS_3(DO) DO(3)
+#define ROWS_5(DO) ROWS_4(DO) DO(4)
+#define ROWS_6(DO) ROWS_5(DO) DO(5)
+#define DEFINE_PANEL(ROWS)                                                                                        \
+  AVX2 static void panel_##ROWS(const float *restrict x, const float *restrict w, long k, float *y, long n,       \
+                                const float *start, long stride) {                                                \
+    ROWS_##ROWS(START)                                                                                            \
+    for (long i = 0; i < k; i++, w += PANEL, x += ROWS) {                                                         \
+      __m256 w_low = _mm256_load_ps(w), w_high = _mm256_load_ps(w + 8);                                           \
+      _mm_prefetch((const char *)(w + PREFETCH_FLOATS), _MM_HINT_T0);                                             \
+      ROWS_##ROWS(STEP)                                                                                           \
+    }                                                                                                             \
+    ROWS_##ROWS(STORE)                                                                                            \
+  }
+DEFINE_PANEL(1)
+DEFINE_PANEL(2)
+DEFINE_PANEL(3)
+DEFINE_PANEL(4)
+DEFINE_PANEL(5)
+DEFINE_PANEL(6)
 
 /* Rows to take next when `left` remain: as few and as even blocks as possible. */
 static long next_rows(long left) { return left <= 6 ? left : left <= 8 ? 4 : left <= 10 ? 5 : 6; }

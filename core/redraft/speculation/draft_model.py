@@ -66,6 +66,8 @@ class DraftModelProposer:
         logits = self._ingest_pending(active)
         while True:
             q = probabilities(logits, [s.sampling_row(d) for s, d in zip(active, drafted, strict=False)])
+            # a draft whose logits overflow must cost acceptance, not correctness: its token is drawn uniformly
+            q.nan_to_num_(nan=1.0 / q.shape[1])
             tokens = _sample(q, active, [len(d) for d in drafted[: len(active)]])
             for index, token in enumerate(tokens.tolist()):
                 drafted[index].append(token)
@@ -104,13 +106,15 @@ class DraftModelProposer:
         ready: list[int] = []
         chunks: list[Chunk] = []
         budget = self.max_catch_up
-        for index, (state, limit) in enumerate(zip(states, limits, strict=True)):
-            if limit <= 0:
-                continue
+        asked = [index for index, limit in enumerate(limits) if limit > 0]
+        for state in (states[index] for index in asked):
             if state.draft_epoch != self.epoch:
                 state.num_draft_computed, state.draft_epoch = 0, self.epoch
                 state.num_draft_marked_blocks = 0  # they are marked as another draft's
-            missing = len(state.token_ids) - state.num_draft_computed
+        # the least behind first, so that one long prompt does not keep everybody else from drafting
+        for index in sorted(asked, key=lambda i: _num_missing(states[i])):
+            state = states[index]
+            missing = _num_missing(state)
             if missing <= budget:
                 ready.append(index)
                 budget -= missing
@@ -132,6 +136,11 @@ class DraftModelProposer:
         for state in states:
             state.num_draft_computed = len(state.token_ids)
         return logits
+
+
+def _num_missing(state: SequenceState) -> int:
+    """Tokens whose draft KV is missing; at least 1."""
+    return len(state.token_ids) - state.num_draft_computed
 
 
 def _sample(q: Tensor, states: Sequence[SequenceState], drafted: Sequence[int]) -> Tensor:

@@ -61,7 +61,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step did for one sequence. `emitted` is empty while a prefill goes on."""
+    """What a step did for one sequence. `emitted` is empty while a prefill goes on.
+
+    `failed`: the target's logits are not finite where a token was due. The sequence's state is of no use any more; its
+    neighbours are not affected.
+    """
 
     emitted: tuple[int, ...] = ()
     proposal: SequenceProposal = NOTHING
@@ -70,6 +74,7 @@ class StepOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     teacher: tuple[TeacherRow, ...] = ()  # one per verified position: after each drafted token, and before the first
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,7 @@ class _Accepted:
     num_accepted: int
     final_token: int
     expected: tuple[float, ...]
+    finite: bool  # every row the verdict rests on
 
 
 @torch.inference_mode()
@@ -111,6 +117,9 @@ def speculative_step(work: Sequence[Work], target: ModelRunner, proposer: Propos
         if verdict is None:
             w.state.num_computed += w.num_tokens
             outputs.append(StepOutput(prompt_logprobs=prompt_scores))
+            continue
+        if not verdict.finite:
+            outputs.append(StepOutput(failed=True))
             continue
         emitted = (*p.token_ids[: verdict.num_accepted], verdict.final_token)
         verified = own_rows[-(len(p.token_ids) + 1) :]
@@ -172,13 +181,20 @@ def _accept(work: Sequence[Work], proposal: Proposal, rows: Sequence[Tensor]) ->
         drafted = proposal.drafted_tokens(members, probs.device)
         verdict = _couple(coupling, probs, drafted, layout, [work[i].state for i in members])
         alphas = expected_acceptance(probs, drafted, layout).tolist()
-        start = 0
+        finite = logits.amax(dim=1).isfinite().tolist()
+        draft_start = row_start = 0
         for i, d, count, token in zip(
             members, drafts, verdict.num_accepted.tolist(), verdict.final_token.tolist(), strict=True
         ):
             reached = min(count + 1, len(d))
-            result[i] = _Accepted(count, token, tuple(alphas[start : start + reached]))
-            start += len(d)
+            result[i] = _Accepted(
+                count,
+                token,
+                tuple(alphas[draft_start : draft_start + reached]),
+                all(finite[row_start : row_start + count + 1]),
+            )
+            draft_start += len(d)
+            row_start += len(d) + 1
     return result
 
 

@@ -34,6 +34,11 @@ class Delivery:
     def deliver(self, completion: Completion, output: StepOutput, prompt_start: int, now: float) -> None:
         """Apply one sequence's step, which ended at `now`. `prompt_start`: its num_computed before the step."""
         request = completion.request
+        if completion.finish_reason is not None:
+            return  # its request was ended by a sibling in the same step
+        if output.failed:
+            self.abort(request, FinishReason.ERROR, "the model's logits are not finite")
+            return
         for offset, score in enumerate(output.prompt_logprobs):
             request.prompt_logprobs[prompt_start + 1 + offset] = score
         if not output.emitted:

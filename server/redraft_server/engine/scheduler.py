@@ -42,6 +42,7 @@ class Scheduler:
         self.running: list[Completion] = []  # in order of admission
         self.draft_epoch = 0  # of the draft in service: prefix blocks of another epoch have no draft KV
         self.num_preemptions = 0
+        self._refused: tuple[Completion, int] | None = None  # who did not fit, and into how many free blocks
 
     def add(self, completion: Completion) -> None:
         self.waiting.push(completion)
@@ -55,6 +56,7 @@ class Scheduler:
         for index, completion in enumerate(order):
             if completion.status is not Status.RUNNING or budget <= 0:
                 continue  # preempted by one before it, or left for the next step
+            self._adopt_draft_kv(completion.state)
             share = max(1, budget // (len(order) - index))
             work = self._work_for(completion, share if completion.state.num_pending == 1 else budget)
             if self._reserve(completion, work, plan):
@@ -107,12 +109,15 @@ class Scheduler:
     def _admit(self) -> None:
         """Move completions from waiting to running while there is a place and room for their whole prompt."""
         while len(self.running) < self.limits.max_running and (completion := self.waiting.peek()) is not None:
+            if self._refused is not None and self._refused[0] is completion and self.pool.num_free <= self._refused[1]:
+                return  # nothing was given back: spare it hashing its prompt in every step
             state = completion.state
             reuse = completion.request.spec.prompt_logprobs is None  # their logits are needed, so is their forward
             found, prefix_hash = self.pool.acquire_prefix(state.token_ids) if reuse else ([], ROOT_HASH)
             own = self.pool.allocate(self.pool.blocks_for(len(state.token_ids)) - len(found))
             if own is None:
                 self.pool.release(found)
+                self._refused = completion, self.pool.num_free
                 return
             self.waiting.pop()
             self.running.append(completion)
@@ -122,16 +127,22 @@ class Scheduler:
             state.prefix_hash = prefix_hash
             state.num_computed = len(found) * self.pool.block_size
             state.draft_epoch = self.draft_epoch
-            state.num_draft_marked_blocks = self._num_draft_blocks(found)
-            state.num_draft_computed = state.num_draft_marked_blocks * self.pool.block_size
+            state.num_draft_marked_blocks = state.num_draft_computed = 0
             if completion.index == 0 and completion.request.first_scheduled is None:
                 completion.request.cached_prompt_tokens = state.num_computed
 
-    def _num_draft_blocks(self, block_ids: list[int]) -> int:
-        for count, block_id in enumerate(block_ids):
-            if self.pool.draft_epoch(block_id) != self.draft_epoch:
-                return count
-        return len(block_ids)
+    def _adopt_draft_kv(self, state: SequenceState) -> None:
+        """Count the draft KV of shared blocks that another sequence has filled, before the prefix hit or since.
+
+        Since: all of a request's samples find the prompt's blocks before the first of them has drafted.
+        """
+        if state.draft_epoch != self.draft_epoch:
+            return
+        size = self.pool.block_size
+        while (index := state.num_draft_computed // size) < state.num_registered_blocks:
+            if self.pool.draft_epoch(state.block_ids[index]) != self.draft_epoch:
+                return
+            state.num_draft_computed = (index + 1) * size
 
     def _work_for(self, completion: Completion, budget: int) -> Work:
         state = completion.state

@@ -32,7 +32,6 @@ from tests.engine_harness import (
 )
 
 GREEDY = SamplingParams(temperature=0.0)
-SAMPLED = SamplingParams(temperature=0.8, top_p=0.95)
 PROMPT = tuple(range(5, 25))
 
 

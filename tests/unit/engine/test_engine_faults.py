@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,6 @@ from tests.engine_harness import (
 )
 
 GREEDY = SamplingParams(temperature=0.0)
-SAMPLED = SamplingParams(temperature=0.8, top_p=0.95)
 PROMPT = tuple(range(5, 25))
 
 
@@ -124,4 +124,30 @@ def test_a_broken_sink_ends_its_own_request_only() -> None:
         assert engine.between_steps(engine.num_unfinished).result(WAIT_S) == 0
         assert isinstance(broken, Broken)
         assert broken.deliveries == 2
+        assert engine.is_ready
+
+
+def test_logits_that_are_not_finite_end_their_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison = 63
+    with running_engine(EngineSpec(proposer="none")) as engine:
+        target = engine._parts.target
+        forward = target.forward
+
+        def poisoned(chunks: Any) -> Any:
+            logits = forward(chunks)
+            row = 0
+            for chunk in chunks:
+                if poison in chunk.token_ids:
+                    logits[row : row + chunk.num_logits] = float("nan")
+                row += chunk.num_logits
+            return logits
+
+        monkeypatch.setattr(target, "forward", poisoned)
+        healthy = replace(GREEDY, logit_bias=((poison, -100.0),))
+        with held(engine):
+            sick = submit(engine, request([*PROMPT, poison], healthy, 12, n=2))
+            well = submit(engine, request(PROMPT, healthy, 12))
+        assert [sick.wait().finish_reason(i) for i in range(2)] == [FinishReason.ERROR] * 2
+        check_identities(sick, 2)
+        assert well.wait().finish_reason() is FinishReason.LENGTH
         assert engine.is_ready

@@ -221,6 +221,18 @@ def test_draft_kv_of_a_hit_counts_only_up_to_the_first_gap_and_only_of_this_draf
     sim.cancel(miss)
 
 
+def test_draft_kv_filled_by_a_sibling_after_the_hit_counts_too() -> None:
+    sim = Simulation(num_blocks=40, block_size=2, max_batch_tokens=32, k=3)
+    first = sim.add([1, 2, 3, 4, 5, 6, 7, 8], max_new_tokens=9, n=3)
+    sim.step()
+    sim.step()  # the first drafts; the others compute the end of the prompt
+    sim.scheduler.schedule()
+    for sibling in first.request.completions[1:]:
+        assert sibling.state.num_output_tokens == 1
+        assert sibling.state.num_draft_computed == 6
+    sim.run_out()
+
+
 def test_after_a_swap_the_running_sequence_marks_its_blocks_for_the_new_draft() -> None:
     sim = Simulation(num_blocks=20, block_size=2, max_batch_tokens=16, k=3)
     sim.add([1, 2, 3, 4, 5], max_new_tokens=9)

@@ -116,7 +116,8 @@ def test_a_seed_chooses_the_coupling_unless_one_is_given(params: SamplingParams,
 
 @pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
 def test_has_penalties_sees_each_of_them(name: str) -> None:
-    assert SamplingParams(**{name: 0.5}).has_penalties
+    changes: dict[str, Any] = {name: 0.5}
+    assert SamplingParams(**changes).has_penalties
     assert not SamplingParams().has_penalties
 
 

@@ -115,7 +115,7 @@ def test_neighbouring_keys_and_samples_are_independent() -> None:
             uniforms(as_key_tensor([sequence_key(*which)]).expand(16384), positions, Purpose.DRAFT).numpy()
             for which in (left, right)
         ]
-        assert_independent(*streams)
+        assert_independent(streams[0], streams[1])
 
 
 def test_keys_used_as_they_are_give_independent_streams() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from redraft.models.runner import Chunk, ModelRunner
 from redraft.sampling.params import Coupling, SamplingParams
 from redraft.sampling.processors import probabilities
 from redraft.speculation.draft_model import DraftModelProposer
@@ -74,9 +75,7 @@ def plain_texts(arch: str, known: dict[str, list[list[int]]]) -> list[list[int]]
 def assert_text_is_plain(
     arch: str, proposer: str, k: int, known: dict[str, list[list[int]]], *, chunk: int = 64
 ) -> None:
-    states = make_states(PROMPTS, PARAMS, min_new_tokens=4)
-    for state in states:
-        state.end_token_ids = (0, 5)
+    states = make_states(PROMPTS, PARAMS, min_new_tokens=4, end_token_ids=(0, 5))
     target = make_runner(tiny_model(arch, vocab_size=VOCAB, seed=0))
     outputs = decode_all(states, target, PROPOSERS[proposer](arch), k, NUM_TOKENS, chunk=chunk)
     assert [state.token_ids[state.num_prompt_tokens :] for state in states] == plain_texts(arch, known)
@@ -264,3 +263,75 @@ def test_counts_of_target_tokens() -> None:
     states = make_states(PROMPTS, [SamplingParams(temperature=0.0)] * 4)
     result = step(states, make_runner(tiny_model("llama", vocab_size=VOCAB)), proposer, 4)
     assert result.num_target_tokens == sum(map(len, PROMPTS)) + sum(map(len, greedy_drafts().values()))
+
+
+class Overflowing(ModelRunner):
+    """A runner whose logits are `value` after any chunk that holds `token`."""
+
+    value = float("nan")
+    token = 31
+
+    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        logits = super().forward(chunks)
+        hit = [self.token in chunk.token_ids for chunk in chunks for _ in range(chunk.num_logits)]
+        return logits.masked_fill(torch.tensor(hit).unsqueeze(1), self.value)
+
+
+def overflowing(seed: int) -> Overflowing:
+    model = tiny_model("llama", vocab_size=VOCAB, seed=seed)
+    return Overflowing(model, num_blocks=256, block_size=4, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(temperature=0.0), SamplingParams(seed=1), SamplingParams(seed=1, coupling=Coupling.MAXIMAL)],
+)
+def test_a_target_that_overflows_fails_that_sequence_alone(params: SamplingParams, value: float) -> None:
+    prompts = [[3, 4, 5], [3, 31, 5], [6, 7]]
+    healthy = make_states(prompts, [params] * 3)
+    decode_all([healthy[0], healthy[2]], make_runner(tiny_model("llama", vocab_size=VOCAB)), None, 0, 1)
+    states = make_states(prompts, [params] * 3)
+    target = overflowing(0)
+    target.value = value
+    result = speculative_step([Work(s, s.num_pending, 3) for s in states], target, lookup())
+    assert [output.failed for output in result.outputs] == [False, True, False]
+    assert result.outputs[1].emitted == ()
+    assert states[1].token_ids == prompts[1]
+    for index in (0, 2):
+        assert states[index].token_ids == healthy[index].token_ids
+
+
+def test_an_overflow_after_a_rejected_token_does_not_count() -> None:
+    """The draft proposes a token that breaks the target; the target never meant to emit it."""
+    drafts: dict[int, tuple[int, ...]] = {1000: (30, 31, 3)}
+    assert plain_decode(tiny_model("llama", vocab_size=VOCAB), PROMPTS[0], PARAMS[0], 1)[0] != 30
+
+    class Late(Overflowing):
+        def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+            logits = ModelRunner.forward(self, chunks)
+            logits[-2:] = float("nan")  # the rows after 31
+            return logits
+
+    states = make_states(PROMPTS[:1], PARAMS[:1])
+    target = Late(tiny_model("llama", vocab_size=VOCAB), num_blocks=256, block_size=4, vocab_size=VOCAB)
+    output = step(states, target, Fixed(drafts), 3).outputs[0]
+    assert not output.failed
+    assert list(output.emitted) == plain_decode(tiny_model("llama", vocab_size=VOCAB), PROMPTS[0], PARAMS[0], 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_draft_that_overflows_costs_acceptance_and_nothing_else(
+    value: float, expected: dict[str, list[list[int]]]
+) -> None:
+    runner = overflowing(11)
+    runner.value, runner.token = value, 9
+    states = make_states(PROMPTS, PARAMS, min_new_tokens=4, end_token_ids=(0, 5))
+    target = make_runner(tiny_model("llama", vocab_size=VOCAB))
+    decode_all(states, target, DraftModelProposer(runner, version="d"), 3, NUM_TOKENS)
+    assert [state.token_ids[state.num_prompt_tokens :] for state in states] == plain_texts("llama", expected)
+    # under maximal coupling the token's q enters the verdict: it must be the distribution the token came from
+    state = make_states([[4, 9]], [SamplingParams(seed=4, coupling=Coupling.MAXIMAL)])[0]
+    proposal = DraftModelProposer(runner, version="d").propose([state], [2])
+    assert proposal.probs[0].tolist() == pytest.approx([1 / VOCAB] * VOCAB)
+    assert bool(proposal.probs.isfinite().all())
