@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DRAFT  := build/demo-draft
-SOURCES := core server draft_training clients/python tests benchmarks scripts docs
+SOURCES := core server draft_training clients/python tests benchmarks scripts docs hatch_build.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install model demo test test-slow check format proto bench clean

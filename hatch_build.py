@@ -1,4 +1,4 @@
-"""Build hook: compile the CPU kernels where a C compiler exists. Without one the install goes on, and torch computes."""
+"""Build hook: compile the CPU kernels where a C compiler exists. Without one the install goes on and torch computes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class KernelBuildHook(BuildHookInterface[Any]):
         command = [*compiler.split(), *_FLAGS, "-o", str(fresh), str(root / _SOURCE), "-lpthread", "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            self.app.display_warning(f"redraft: cannot compile the CPU kernels, going on without:\n{done.stderr[-2000:]}")
+            self.app.display_warning(
+                f"redraft: cannot compile the CPU kernels, going on without:\n{done.stderr[-2000:]}"
+            )
             return False
         fresh.replace(root / _LIBRARY)
         return True

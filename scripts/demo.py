@@ -79,7 +79,9 @@ def main(
         console.print(f"Serving on {server.address}, metrics on http://{server.metrics_address}/metrics\n")
         plain, speculative = asyncio.run(_run(server.address))
         with urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as page:
-            metrics = [line for line in page.read().decode().splitlines() if line.startswith("redraft_spec_decode_num_")]
+            metrics = [
+                line for line in page.read().decode().splitlines() if line.startswith("redraft_spec_decode_num_")
+            ]
     console.print("The server has stopped.\n")
     _show_texts(speculative[0])
     figures = _figures(plain, speculative)

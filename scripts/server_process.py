@@ -40,7 +40,7 @@ class ServerProcess:
         ports = ["--grpc.port", str(port), "--metrics.port", str(metrics_port)]
         self._command = [sys.executable, "-m", "redraft_server", *flags, *ports]
         self._process: subprocess.Popen[bytes] | None = None
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
 
     @property
     def pid(self) -> int:
@@ -94,10 +94,14 @@ class ServerProcess:
             stub = health_pb2_grpc.HealthStub(channel)
             while time.monotonic() < deadline:
                 if self._process.poll() is not None:
-                    raise RuntimeError(f"redraft-server ended with {self._process.returncode}:\n{self.output()[-4000:]}")
+                    raise RuntimeError(
+                        f"redraft-server ended with {self._process.returncode}:\n{self.output()[-4000:]}"
+                    )
                 with contextlib.suppress(grpc.RpcError):
                     # waits for the connection on its own; the timeout bounds one try
-                    reply = stub.Check(health_pb2.HealthCheckRequest(service=_SERVICE), wait_for_ready=True, timeout=1.0)
+                    reply = stub.Check(
+                        health_pb2.HealthCheckRequest(service=_SERVICE), wait_for_ready=True, timeout=1.0
+                    )
                     if reply.status == health_pb2.HealthCheckResponse.SERVING:
                         return
                     time.sleep(0.1)

@@ -63,8 +63,17 @@ class Served:
         async with asyncio.timeout(60):
             while len(self.finished) < self.observed.num_submitted:
                 await asyncio.wrap_future(self.engine.between_steps(lambda: None))
-            while self.metric("redraft_requests_total") < self.observed.num_submitted:
+            while self._num_counted() < self.observed.num_submitted:
                 await asyncio.sleep(0)
+
+    def _num_counted(self) -> float:
+        """Admitted requests that the server has done with; one that was refused has no finish reason."""
+        return sum(
+            sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if sample.name == "redraft_requests_total" and sample.labels["finish_reason"]
+        )
 
 
 @asynccontextmanager

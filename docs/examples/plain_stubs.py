@@ -8,6 +8,7 @@ The stubs come with the package `redraft`; for another language generate them fr
 import sys
 
 import grpc
+
 from redraft.v1 import generation_pb2 as pb
 from redraft.v1.generation_pb2_grpc import GenerationServiceStub
 

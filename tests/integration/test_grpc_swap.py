@@ -23,8 +23,8 @@ SAMPLING: GenerateParams = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens":
 
 async def stream_all(served: Served, n: int = 1, speculation: bool = True) -> list[GenerationResult]:
     async def one(seed: int, prompt: str) -> GenerationResult:
-        asked: GenerateParams = {"seed": seed, "n": n, "speculation": speculation, "token_ids": True}
-        stream = served.client.stream(prompt, **{**SAMPLING, **asked})
+        asked: GenerateParams = {**SAMPLING, "seed": seed, "n": n, "speculation": speculation, "token_ids": True}
+        stream = served.client.stream(prompt, **asked)
         async for _ in stream:
             pass
         return stream.result

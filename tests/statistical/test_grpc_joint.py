@@ -84,6 +84,7 @@ async def sample(served: Served, params: GenerateParams, coupling: Coupling) -> 
 
     async def one(seed: int) -> GenerationResult:
         asked: GenerateParams = {
+            **params,
             "seed": seed,
             "coupling": coupling,
             "n": SAMPLES,
@@ -92,7 +93,7 @@ async def sample(served: Served, params: GenerateParams, coupling: Coupling) -> 
             "token_ids": True,
         }
         async with gate:
-            return await served.client.generate(PROMPT, **{**params, **asked})
+            return await served.client.generate(PROMPT, **asked)
 
     return await asyncio.gather(*(one(seed) for seed in range(NUM_REQUESTS)))
 

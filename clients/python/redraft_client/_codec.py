@@ -6,8 +6,8 @@ from typing import Any, TypeVar, Unpack, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
-from redraft.v1 import generation_pb2 as pb
 
+from redraft.v1 import generation_pb2 as pb
 from redraft_client import types as t
 from redraft_client.errors import FieldViolation, InvalidArgumentError, ProtocolError
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC
 
 from redraft.v1 import draft_pb2, model_pb2, tokenizer_pb2
-
 from redraft_client import types as t
 from redraft_client._codec import chat, checked_field, parse_enum
 

@@ -5,12 +5,12 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from redraft.v1 import draft_pb2, generation_pb2, model_pb2
 from redraft.v1.draft_pb2_grpc import DraftServiceStub
 from redraft.v1.generation_pb2_grpc import GenerationServiceStub
 from redraft.v1.model_pb2_grpc import ModelServiceStub
 from redraft.v1.tokenizer_pb2_grpc import TokenizerServiceStub
-
 from redraft_client import _codec, _codec_admin
 from redraft_client._assembler import StreamAssembler
 from redraft_client.channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, Tls, call_metadata, open_channel

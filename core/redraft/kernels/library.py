@@ -21,11 +21,11 @@ class CpuKernels:
 
     def __init__(self, path: Path) -> None:
         self._lib = ctypes.CDLL(str(path))
-        self._lib.redraft_linear.argtypes = [c_void_p] * 4 + [c_long] * 3
-        self._lib.redraft_attention.argtypes = (
-            [c_void_p] * 5 + [c_long, c_void_p] + [c_long] * 7 + [c_float, c_float]
-        )
-        self._lib.redraft_start_pool.argtypes = [c_int]
+        linear = (*(c_void_p,) * 4, *(c_long,) * 3)
+        attention = (*(c_void_p,) * 5, c_long, c_void_p, *(c_long,) * 7, c_float, c_float)
+        self._lib.redraft_linear.argtypes = linear
+        self._lib.redraft_attention.argtypes = attention
+        self._lib.redraft_start_pool.argtypes = (c_int,)
         self.is_supported = bool(self._lib.redraft_supported())
 
     def start_pool(self, num_threads: int) -> int:

@@ -3,7 +3,7 @@
 A step's tokens of all sequences lie in one row [1, tokens]; `Segment` says which of them belong together and where
 their context is stored. transformers hands the context through to every layer as the keyword `paged`.
 
-On a CPU in fp32 the native kernel reads keys and values where they lie; elsewhere torch gathers them segment by segment.
+On a CPU in fp32 the native kernel reads keys and values where they lie; elsewhere torch gathers them by segment.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class NativeLinear(nn.Module):
         self._packed: Tensor
         self._bias: Tensor | None
         self.register_buffer("_packed", kernels.pack(linear.weight.detach()), persistent=False)
-        bias = linear.bias
+        bias: Tensor | None = linear.bias
         if bias is not None:
             bias = nn.functional.pad(bias.detach(), (0, -linear.out_features % PANEL)).contiguous()
         self.register_buffer("_bias", bias, persistent=False)
@@ -57,7 +57,7 @@ def pack_linears(model: nn.Module) -> int:
         How many were replaced; 0 for a model that is not fp32 on a CPU, or without any packed product at hand.
     """
     kernels = library()
-    if kernels is None and not torch.backends.mkldnn.is_available():
+    if kernels is None and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
     packed = 0
     for parent in list(model.modules()):

@@ -173,9 +173,7 @@ class Engine:
             while not self._stopping:
                 self._take_commands()
                 self._expire()
-                scheduled = self.scheduler.schedule()
-                if scheduled:
-                    self._step(scheduled)
+                self._step(self.scheduler.schedule())  # no name here: it would keep the last batch alive while idle
                 self._delivery.flush()
                 self._report_load()
         except Exception:
@@ -196,6 +194,8 @@ class Engine:
             return
 
     def _step(self, scheduled: list[Scheduled]) -> None:
+        if not scheduled:
+            return
         prompt_starts = [s.work.state.num_computed for s in scheduled]
         now = self._clock()
         for s in scheduled:

@@ -80,7 +80,7 @@ class CompletionOutput:
         first listed). One that ended earlier was passed over, as it came before min_new_tokens."""
         if self.num_tokens < self._stopping.min_new_tokens:
             return None
-        found = [(self._held.find(s), s) for s in self._stopping.stop_sequences]
+        found = [(self._held.find(s, max(0, seen - len(s) + 1)), s) for s in self._stopping.stop_sequences]
         found = [item for item in found if item[0] >= 0]
         if not found:
             return None

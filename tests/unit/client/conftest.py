@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import pytest
+
 from redraft_client.aio import AsyncClient, AsyncStream
 from redraft_client.client import Client, Stream
 from redraft_client.types import GenerationResult, StreamChunk
-
 from tests.unit.client.fake_server import FakeServer, running
 
 

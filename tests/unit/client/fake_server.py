@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
+
 from redraft.v1 import draft_pb2, generation_pb2, model_pb2, tokenizer_pb2
 from redraft.v1 import generation_pb2 as pb
 

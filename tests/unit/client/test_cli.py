@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2 as details
+from typer.testing import CliRunner
+
 from redraft.v1 import draft_pb2, model_pb2
 from redraft.v1 import generation_pb2 as pb
 from redraft_client import cli_support
@@ -18,8 +20,6 @@ from redraft_client.cli_chat import Conversation
 from redraft_client.cli_stats import parse_metrics
 from redraft_client.client import Client
 from redraft_client.types import GenerateParams
-from typer.testing import CliRunner
-
 from tests.unit.client.fake_server import Failure, FakeServer, response, stream_responses
 
 METRICS = """\

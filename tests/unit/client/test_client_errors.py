@@ -7,9 +7,9 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2 as details
+
 from redraft.v1 import draft_pb2
 from redraft_client import errors
-
 from tests.unit.client.conftest import AsyncDriver, Driver, SyncDriver
 from tests.unit.client.fake_server import HANG, Failure, FakeServer, response, stream_responses
 

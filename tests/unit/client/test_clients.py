@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2
+
 from redraft.v1 import draft_pb2, model_pb2, tokenizer_pb2
 from redraft.v1 import generation_pb2 as pb
 from redraft_client.aio import AsyncClient
@@ -18,7 +19,6 @@ from redraft_client.channel import DEFAULT_TIMEOUT, Tls
 from redraft_client.client import Client
 from redraft_client.errors import InvalidArgumentError, NotFoundError, ProtocolError
 from redraft_client.types import Coupling, DraftState, FinishReason, GenerationResult, Message
-
 from tests.unit.client.conftest import Driver
 from tests.unit.client.fake_server import HANG, Failure, FakeServer, completion, response, stream_responses
 

@@ -16,6 +16,7 @@ from redraft_server.engine.engine import Engine
 from tests.engine_harness import (
     WAIT_S,
     Acting,
+    Collected,
     EngineSpec,
     check_identities,
     generate,
@@ -77,6 +78,26 @@ def test_three_faults_in_a_row_end_the_engine(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(EngineUnavailable) as refused:
             submit(engine, request(PROMPT, GREEDY))
         assert refused.value.reason == "ENGINE_DEAD"
+
+
+def test_a_request_that_arrives_while_the_engine_dies_ends_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Collected()
+    with running_engine(EngineSpec(max_running=1)) as engine:
+        left = [3]
+
+        def failing(chunks: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                engine.submit(request(PROMPT, GREEDY), late)  # admitted, but not yet begun when all are ended
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(engine._parts.target, "forward", failing)
+        with held(engine):
+            for _ in range(3):
+                submit(engine, request(PROMPT, GREEDY))
+        assert late.wait().finish_reason() is FinishReason.ERROR
+        assert engine.between_steps(lambda: len(engine.scheduler.waiting)).result(WAIT_S) == 0
+        check_identities(late)
 
 
 def test_a_fault_outside_a_step_leaves_nobody_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

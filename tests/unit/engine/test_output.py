@@ -98,7 +98,7 @@ def test_every_split_into_runs_gives_what_a_full_search_gives(
     min_new: int,
     limit: int,
 ) -> None:
-    options = {
+    options: dict[str, Any] = {
         "stop_sequences": stops,
         "include_stop_sequence": include,
         "ignore_eos": ignore_eos,

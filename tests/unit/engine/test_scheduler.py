@@ -7,7 +7,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from redraft_server.engine.request import Status
 from tests.scheduling import Simulation
 
 
@@ -152,10 +151,10 @@ def test_the_youngest_is_preempted_and_goes_on_where_it_was() -> None:
     old, young = sim.add([1, 2, 3, 4], max_new_tokens=8), sim.add([5, 6, 7], max_new_tokens=8)
     while sim.scheduler.num_preemptions == 0:
         sim.step()
-    assert young.status is Status.WAITING
+    assert young in sim.scheduler.waiting
     kept = list(young.state.token_ids)
     assert len(kept) > 3
-    while young.status is Status.WAITING:
+    while young in sim.scheduler.waiting:
         plan = sim.step()
         assert old in {s.completion for s in plan} or old in sim.finished
     assert young.state.token_ids[: len(kept)] == kept
@@ -179,7 +178,7 @@ def test_a_preempted_sequence_finds_most_of_its_blocks_again() -> None:
     victim = sim.add([5, 6, 7, 8, 5, 6, 7, 8], max_new_tokens=9)
     while sim.scheduler.num_preemptions == 0:
         sim.step()
-    while victim.status is Status.WAITING:
+    while victim in sim.scheduler.waiting:
         sim.step()
     assert victim.state.num_registered_blocks > 0
 

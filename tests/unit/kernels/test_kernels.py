@@ -78,14 +78,19 @@ def attention_reference(
     return result
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 8), (9, 3, 64), (2, 2, 24), (2, 1, 128), (1, 1, 256)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 2, 8), (9, 3, 64), (2, 2, 24), (2, 1, 128), (1, 1, 256)]
+)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0), (3, 2.0)])
 def test_attention_equals_a_naive_reference(
     kernels: CpuKernels, heads: int, kv_heads: int, head_dim: int, window: int | None, softcap: float | None
 ) -> None:
     segments = [(0, 3, 0), (3, 1, 17), (4, 19, 10)]  # first token, length, position of the first
     tables = [[5], [9, 1, 8, 2, 30], [3, 4, 6, 7, 10, 11, 12, 13]]
-    keys, values = random(kv_heads, 40 * BLOCK_SIZE, head_dim, seed=4), random(kv_heads, 40 * BLOCK_SIZE, head_dim, seed=5)
+    keys, values = (
+        random(kv_heads, 40 * BLOCK_SIZE, head_dim, seed=4),
+        random(kv_heads, 40 * BLOCK_SIZE, head_dim, seed=5),
+    )
     query = random(23, heads, head_dim, seed=6)
     blocks = torch.zeros(3, 8, dtype=torch.int32)
     for row, table in zip(blocks, tables, strict=True):

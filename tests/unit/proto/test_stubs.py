@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor import Descriptor
+
 from redraft.v1 import draft_pb2, generation_pb2, model_pb2, tokenizer_pb2
 
 ROOT = Path(__file__).parents[3]
