@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +12,10 @@ from dataclasses import dataclass, field
 from redraft.models.block_pool import BlockPool
 from redraft.models.loader import LoadedModel, load_model
 from redraft.models.ref import ModelRef
-from redraft.models.runner import Chunk, ModelRunner
+from redraft.models.runner import ModelRunner
 from redraft.models.tokenizer import Tokenizer, check_compatible, load_tokenizer
 from redraft.sampling.params import SamplingParams, StoppingParams
-from redraft.speculation.length import StepCost
+from redraft.speculation.cost import StepCost, measure_cost
 from redraft.speculation.proposer import Proposer
 from redraft_server.engine.api import (
     ChoiceDelta,
@@ -33,8 +32,6 @@ from redraft_server.engine.scheduler import SchedulerLimits
 KV_TOKENS, BLOCK_SIZE = 16384, 16  # as the server's defaults
 MAX_RUNNING, MAX_BATCH_TOKENS = 16, 512
 _STOP_TIMEOUT_S = 60.0
-_COST_SIZES = (1, 2, 4, 8, 16, 32)
-_COST_REPEATS = 3
 
 _request_numbers = itertools.count(1)
 
@@ -56,7 +53,7 @@ class SharedModel:
         runner = ModelRunner(
             loaded.model, num_blocks=KV_TOKENS // BLOCK_SIZE, block_size=BLOCK_SIZE, vocab_size=tokenizer.vocab_size
         )
-        return cls(runner, loaded, _measure_cost(runner))
+        return cls(runner, loaded, measure_cost(runner))
 
     @property
     def version(self) -> str:
@@ -176,19 +173,6 @@ def generate(
 
 def context_length(target: SharedModel) -> int:
     return min(int(target.loaded.config.max_position_embeddings), KV_TOKENS)
-
-
-def _measure_cost(runner: ModelRunner) -> StepCost:
-    """Seconds of a pass by its number of tokens, as the server measures them at start-up."""
-    cost = StepCost()
-    for size in _COST_SIZES:
-        seconds = []
-        for _ in range(_COST_REPEATS):
-            started = time.perf_counter()
-            runner.forward([Chunk([0] * size, 0, range(-(-size // BLOCK_SIZE)), size)]).sum().item()
-            seconds.append(time.perf_counter() - started)
-        cost.observe(size, min(seconds))
-    return cost
 
 
 def _info(target: SharedModel, tokenizer: Tokenizer, proposer: Proposer | None, k: int) -> EngineInfo:

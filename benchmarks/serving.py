@@ -40,9 +40,10 @@ from benchmarks.transformers_peer import PeerOutput, TransformersPeer
 from redraft.models.ref import ModelRef
 from redraft.models.tokenizer import Tokenizer, load_tokenizer
 from redraft.sampling.params import SamplingParams, StoppingParams
+from redraft.speculation.cost import StepCost
 from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.fallback import FallbackProposer
-from redraft.speculation.length import LengthController, StepCost
+from redraft.speculation.length import LengthController
 from redraft.speculation.ngram import NgramProposer
 from redraft.speculation.proposer import Proposer
 

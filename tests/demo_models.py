@@ -16,9 +16,9 @@ from redraft.models.loader import load_model
 from redraft.models.ref import ModelRef
 from redraft.models.runner import ModelRunner
 from redraft.models.tokenizer import Tokenizer, load_tokenizer
+from redraft.speculation.cost import StepCost
 from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.fallback import FallbackProposer
-from redraft.speculation.length import StepCost
 from redraft.speculation.ngram import NgramProposer
 from redraft.speculation.proposer import Proposer
 from redraft_server.engine.api import EngineInfo

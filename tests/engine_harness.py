@@ -17,9 +17,10 @@ from redraft.models.block_pool import BlockPool
 from redraft.models.runner import ModelRunner
 from redraft.models.tokenizer import Tokenizer
 from redraft.sampling.params import SamplingParams, StoppingParams
+from redraft.speculation.cost import StepCost
 from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.fallback import FallbackProposer
-from redraft.speculation.length import LengthController, StepCost
+from redraft.speculation.length import LengthController
 from redraft.speculation.ngram import NgramProposer
 from redraft.speculation.proposer import Proposer
 from redraft.telemetry.metrics import ServerMetrics

@@ -78,9 +78,10 @@ class Simulation:
     def live(self) -> list[Completion]:
         return [*self.scheduler.running, *self.scheduler.waiting]
 
-    def run_out(self, limit: int = 500) -> None:
-        """Until nothing is left; every request must end."""
-        for _ in range(limit):
+    def run_out(self) -> None:
+        """Until nothing is left; every request must end, in a number of steps that allows for preemptions."""
+        completions = [c for request in self.requests if not request.is_finished for c in request.completions]
+        for _ in range(10 * sum(c.state.num_prompt_tokens + c.max_new_tokens for c in completions)):
             if not self.live():
                 break
             assert self.step(), "something is left, and nothing was scheduled"

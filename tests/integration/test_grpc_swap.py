@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from redraft.speculation.length import StepCost
+from redraft.speculation.cost import StepCost
 from redraft.speculation.proposer import Proposer
 from redraft_client.types import GenerateParams, GenerationResult
 from redraft_server.engine.engine import Engine

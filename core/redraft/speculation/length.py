@@ -9,15 +9,14 @@ bias the output.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from redraft.speculation.cost import StepCost
 from redraft.speculation.state import SequenceState
 
 _FORGET = 0.9  # weight of a step's acceptance after one more step
 _PRIOR_WEIGHT = 4.0  # tested positions that the batch-wide acceptance counts for in a young sequence
-_COST_RATE = 0.1  # of the moving average of step times
 _HYSTERESIS = 1.02  # a different k must promise this much more goodput
 _FIRST_PROBE, _LAST_PROBE = 32, 512  # steps without speculation before one token is tried again
 
@@ -36,36 +35,6 @@ class Acceptance:
     def rate(self, prior: float) -> float:
         rate = (self.accepted + _PRIOR_WEIGHT * prior) / (self.tested + _PRIOR_WEIGHT)
         return min(rate, 0.999)
-
-
-class StepCost:
-    """Seconds of a forward pass as a function of its size, a moving average per size class."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-
-    @staticmethod
-    def _size_class(size: int) -> int:
-        return size if size <= 8 else 1 << (size - 1).bit_length()
-
-    def observe(self, size: int, seconds: float) -> None:
-        key = self._size_class(size)
-        old = self._seconds.get(key)
-        self._seconds[key] = seconds if old is None else old + _COST_RATE * (seconds - old)
-
-    def estimate(self, size: int) -> float:
-        """Interpolated between measured classes, proportional beyond the largest; 0 if nothing was measured."""
-        known = sorted(self._seconds)
-        if not known:
-            return 0.0
-        at = bisect_left(known, size)
-        if at == 0:
-            return self._seconds[known[0]]
-        if at == len(known):
-            return self._seconds[known[-1]] * size / known[-1]
-        low, high = known[at - 1], known[at]
-        share = (size - low) / (high - low)
-        return self._seconds[low] * (1 - share) + self._seconds[high] * share
 
 
 def expected_tokens(acceptance: float, num_drafted: int) -> float:

@@ -56,8 +56,10 @@ class NgramProposer:
 
 
 def find_continuation(token_ids: list[int], limit: int, min_match: int, max_match: int) -> tuple[int, ...]:
-    """At most `limit` tokens that followed the latest earlier occurrence of the longest matching suffix.
+    """At most `limit` tokens that followed an earlier occurrence of the longest matching suffix.
 
+    Of several occurrences the latest with `limit` tokens after it is taken, or else the earliest, which has the most:
+    text that repeats itself (9, 9, 9, 9) would otherwise always offer one token.
     Example: (1, 2, 3, 9, 1, 2) with min_match 2 and limit 2 gives (3, 9).
     """
     ids = torch.tensor(token_ids)
@@ -75,5 +77,6 @@ def find_continuation(token_ids: list[int], limit: int, min_match: int, max_matc
             best = matches.clone()
     if best is None:
         return ()
-    end = int(best.nonzero()[-1]) + 1
+    ends = (best.nonzero().flatten() + 1).tolist()
+    end = next((end for end in reversed(ends) if len(token_ids) - end >= limit), ends[0])
     return tuple(token_ids[end : end + limit])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +11,12 @@ from redraft.models.block_pool import BlockPool
 from redraft.models.kv_cache import kv_bytes_per_token
 from redraft.models.loader import LoadedModel, load_model
 from redraft.models.ref import ModelRef
-from redraft.models.runner import Chunk, ModelRunner
+from redraft.models.runner import ModelRunner
 from redraft.models.tokenizer import Tokenizer, check_compatible, load_tokenizer
+from redraft.speculation.cost import StepCost, measure_cost
 from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.fallback import FallbackProposer
-from redraft.speculation.length import LengthController, StepCost
+from redraft.speculation.length import LengthController
 from redraft.speculation.ngram import NgramProposer
 from redraft.speculation.proposer import Proposer
 from redraft.telemetry.metrics import ServerMetrics
@@ -26,9 +26,6 @@ from redraft_server.engine.api import EngineInfo
 from redraft_server.engine.engine import Engine, EngineParts
 from redraft_server.engine.recorder import Recorder
 from redraft_server.engine.scheduler import SchedulerLimits
-
-_WARM_UP_SIZES = (1, 2, 4, 8, 16, 32)
-_WARM_UP_REPEATS = 3
 
 
 def build_engine(config: ServerConfig, metrics: ServerMetrics, writer: TrafficWriter | None = None) -> Engine:
@@ -56,7 +53,7 @@ def build_engine(config: ServerConfig, metrics: ServerMetrics, writer: TrafficWr
     )
     sizes = _Sizes(pool.num_blocks, pool.block_size, tokenizer.vocab_size)
     runner = sizes.runner(target)
-    target_cost = _warm_up(runner)
+    target_cost = measure_cost(runner)
     info = _info(config, target, draft, tokenizer, pool)
     engine = Engine(
         EngineParts(
@@ -130,29 +127,13 @@ def _proposer(
         runner = sizes.runner(draft)
         length = None
         if settings.adaptive:
-            length = LengthController(DraftModelProposer.name, target_cost, _warm_up(runner))
+            length = LengthController(DraftModelProposer.name, target_cost, measure_cost(runner))
         proposers.append(
             DraftModelProposer(
                 runner, version=draft_version, max_catch_up=config.engine.max_batch_tokens, length=length
             )
         )
     return proposers[0] if len(proposers) == 1 else FallbackProposer(proposers)
-
-
-def _warm_up(runner: ModelRunner) -> StepCost:
-    """Touch every weight once and measure the cost of a pass by its number of tokens."""
-    cost = StepCost()
-    block_ids = range(min(runner.num_blocks, -(-max(_WARM_UP_SIZES) // runner.block_size)))
-    for size in _WARM_UP_SIZES:
-        if size > len(block_ids) * runner.block_size:
-            break
-        seconds = []
-        for _ in range(_WARM_UP_REPEATS):
-            started = time.perf_counter()
-            runner.forward([Chunk([0] * size, 0, block_ids, size)]).sum().item()
-            seconds.append(time.perf_counter() - started)
-        cost.observe(size, min(seconds))
-    return cost
 
 
 def _info(

@@ -14,7 +14,7 @@ from typing import TypeVar
 from redraft.models.block_pool import BlockPool
 from redraft.models.runner import ModelRunner
 from redraft.models.tokenizer import Tokenizer
-from redraft.speculation.length import StepCost
+from redraft.speculation.cost import StepCost
 from redraft.speculation.proposer import Proposer
 from redraft.speculation.step import StepResult, speculative_step
 from redraft.telemetry.metrics import ServerMetrics

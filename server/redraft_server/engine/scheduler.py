@@ -89,6 +89,8 @@ class Scheduler:
             self.running.remove(completion)
         elif completion.status is Status.WAITING and completion in self.waiting:
             self.waiting.remove(completion)
+        if self._refused is not None and self._refused[0] is completion:
+            self._refused = None  # or it would be kept alive until the next refusal
         self._release(completion.state)
         completion.status = Status.FINISHED
 

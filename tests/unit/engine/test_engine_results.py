@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from redraft.sampling.params import SamplingParams, StoppingParams
+from redraft.sampling.params import Coupling, SamplingParams, StoppingParams
 from redraft_server.engine.api import (
     FinishReason,
 )
@@ -101,7 +101,8 @@ def test_counters_are_the_sum_over_requests(proposer: str) -> None:
         for number in range(16):
             stopping = StoppingParams(max_new_tokens=rng.randint(1, 24), stop_token_ids=frozenset({20, 21, 22}))
             prompt = [rng.randrange(3, 64) for _ in range(rng.randint(1, 30))] * rng.randint(1, 2)
-            params = [GREEDY, SAMPLED, replace(SAMPLED, seed=number)][number % 3]
+            seeded = replace(SAMPLED, seed=number)
+            params = [GREEDY, seeded, replace(seeded, coupling=Coupling.MAXIMAL)][number % 3]
             requests.append(request(prompt, params, stopping=stopping, n=1 + (number % 4 == 0)))
         done = generate(engine, requests)
         live = [d.finished for d in done]

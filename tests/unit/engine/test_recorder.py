@@ -8,7 +8,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from redraft.sampling.params import SamplingParams, StoppingParams
+from redraft.sampling.params import Coupling, SamplingParams, StoppingParams
 from redraft.traffic.record import TrafficRecord
 from redraft_server.engine.api import FinishReason
 from redraft_server.engine.recorder import Recorder
@@ -16,7 +16,9 @@ from tests.engine_harness import TARGET_SEED, Acting, EngineSpec, generate, requ
 from tests.fakes import tiny_model
 
 GREEDY = SamplingParams(temperature=0.0)
-SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, presence_penalty=0.5, logit_bias=((9, 1.0),))
+SAMPLED = SamplingParams(
+    temperature=0.8, top_p=0.95, presence_penalty=0.5, logit_bias=((9, 1.0),), seed=3, coupling=Coupling.MAXIMAL
+)
 PROMPT = tuple(range(5, 20))
 TOP_N = 4
 

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from redraft.sampling.params import SamplingParams
-from redraft.speculation.length import Acceptance, LengthController, StepCost, expected_tokens
+from redraft.speculation.cost import StepCost
+from redraft.speculation.length import Acceptance, LengthController, expected_tokens
 from redraft.speculation.state import SequenceState
 
 MAX_K = 8

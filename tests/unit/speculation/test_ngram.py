@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redraft.sampling.params import SamplingParams
-from redraft.speculation.length import LengthController, StepCost
+from redraft.speculation.cost import StepCost
+from redraft.speculation.length import LengthController
 from redraft.speculation.ngram import NgramProposer, find_continuation
 from redraft.speculation.proposer import CERTAIN, NOTHING
 from redraft.speculation.state import SequenceState
@@ -15,9 +16,10 @@ from redraft.speculation.state import SequenceState
 def reference(ids: list[int], limit: int, min_match: int, max_match: int) -> tuple[int, ...]:
     for size in range(max_match, min_match - 1, -1):
         suffix = ids[-size:]
-        for end in range(len(ids) - 1, size - 1, -1):
-            if len(suffix) == size and ids[end - size : end] == suffix:
-                return tuple(ids[end : end + limit])
+        ends = [end for end in range(size, len(ids)) if len(suffix) == size and ids[end - size : end] == suffix]
+        offers = [tuple(ids[end : end + limit]) for end in ends]
+        if offers:
+            return next((offer for offer in reversed(offers) if len(offer) == limit), offers[0])
     return ()
 
 
@@ -48,6 +50,11 @@ def test_proposals_are_certain_and_named() -> None:
     assert (first.proposer, first.draft_version) == ("ngram", "ngram")
     assert second is third is NOTHING
     assert result.probs.shape == (0, 50)
+
+
+def test_a_repetition_offers_as_much_as_allowed() -> None:
+    assert find_continuation([9, 9, 9, 9, 9, 9], 3, 1, 2) == (9, 9, 9)
+    assert find_continuation([1, 2, 1, 2, 1, 2, 1, 2], 4, 2, 3) == (1, 2, 1, 2)
 
 
 def test_the_longest_match_wins_over_a_later_shorter_one() -> None:

@@ -1,0 +1,58 @@
+"""What a forward pass costs, measured: the ground that draft lengths are chosen on."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+
+from redraft.models.runner import Chunk, ModelRunner
+
+_COST_RATE = 0.1  # of the moving average of step times
+_WARM_UP_SIZES = (1, 2, 4, 8, 16, 32)
+_WARM_UP_REPEATS = 3
+
+
+class StepCost:
+    """Seconds of a forward pass as a function of its size, a moving average per size class."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    @staticmethod
+    def _size_class(size: int) -> int:
+        return size if size <= 8 else 1 << (size - 1).bit_length()
+
+    def observe(self, size: int, seconds: float) -> None:
+        key = self._size_class(size)
+        old = self._seconds.get(key)
+        self._seconds[key] = seconds if old is None else old + _COST_RATE * (seconds - old)
+
+    def estimate(self, size: int) -> float:
+        """Interpolated between measured classes, proportional beyond the largest; 0 if nothing was measured."""
+        known = sorted(self._seconds)
+        if not known:
+            return 0.0
+        at = bisect_left(known, size)
+        if at == 0:
+            return self._seconds[known[0]]
+        if at == len(known):
+            return self._seconds[known[-1]] * size / known[-1]
+        low, high = known[at - 1], known[at]
+        share = (size - low) / (high - low)
+        return self._seconds[low] * (1 - share) + self._seconds[high] * share
+
+
+def measure_cost(runner: ModelRunner) -> StepCost:
+    """Touch every weight and measure a pass by its number of tokens, all with logits. Writes to the first blocks."""
+    cost = StepCost()
+    block_ids = range(min(runner.num_blocks, -(-max(_WARM_UP_SIZES) // runner.block_size)))
+    for size in _WARM_UP_SIZES:
+        if size > len(block_ids) * runner.block_size:
+            break
+        seconds = []
+        for _ in range(_WARM_UP_REPEATS):
+            started = time.perf_counter()
+            runner.forward([Chunk([0] * size, 0, block_ids, size)]).sum().item()
+            seconds.append(time.perf_counter() - started)
+        cost.observe(size, min(seconds))
+    return cost
