@@ -195,9 +195,7 @@ class ServerConfig(_Group):
         if self.speculation.ngram_min > self.speculation.ngram_max:
             raise ValueError("speculation.ngram_min must be at most speculation.ngram_max")
         if self.engine.max_batch_tokens < self.engine.max_running_requests:
-            raise ValueError(
-                "engine.max_batch_tokens must be at least engine.max_running_requests"
-            )
+            raise ValueError("engine.max_batch_tokens must be at least engine.max_running_requests")
         if self.engine.kv_block_size > self.engine.kv_cache_tokens:
             raise ValueError("engine.kv_block_size must be at most engine.kv_cache_tokens")
         if self.engine.max_model_len is not None and self.engine.max_model_len > self.engine.kv_cache_tokens:
