@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 
+_DRAW_BLOCK = 256
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where each sequence's rows lie among the flattened target rows.
@@ -90,14 +93,28 @@ class Verdict:
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF draw: probs [rows, vocab_size] (need not be normalised), uniforms [rows] in (0, 1) -> ids [rows].
 
-    Never returns an id of probability 0: the cumulative sum is flat there and the search takes the first id above.
+    Two searches in float64, first for the block of ids and then inside it, because a cumulative sum over a whole
+    vocabulary is slow. Never returns an id of probability 0: the sum is flat there and the search takes the first id
+    above.
     """
-    cumulative = probs.double().cumsum(dim=1)
-    target = (uniforms.double() * cumulative[:, -1]).unsqueeze(1)
-    found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    # u * total can round up to total itself: then the last id with any probability is meant
-    last = probs.shape[1] - 1 - (probs > 0).flip(1).int().argmax(dim=1)
-    return torch.minimum(found, last)
+    rows = torch.arange(probs.shape[0], device=probs.device)
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % _DRAW_BLOCK)).view(len(rows), -1, _DRAW_BLOCK)
+    masses = blocks.sum(dim=2, dtype=torch.float64)
+    block, rest = _search(masses, uniforms.double() * masses.sum(dim=1))
+    inside, _ = _search(blocks[rows, block].double(), rest)
+    return block * _DRAW_BLOCK + inside
+
+
+def _search(masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The entry of masses [rows, n] at which the cumulative sum passes target [rows], and the target's rest in it."""
+    cumulative = masses.cumsum(dim=1)
+    # rounding can bring the target up to the total itself: then the last entry with any mass is meant
+    total = cumulative[:, -1]
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    # a row of NaN (its sequence is about to fail) must not end the batch: any entry will do
+    found = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).clamp(max=masses.shape[1] - 1)
+    before = (cumulative - masses).gather(1, found).squeeze(1)
+    return found.squeeze(1), (target - before).clamp(min=0.0)
 
 
 def race(probs: Tensor, exponentials: Tensor) -> Tensor:

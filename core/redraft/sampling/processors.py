@@ -17,7 +17,7 @@ from torch import Tensor
 from redraft.sampling.params import SamplingParams
 
 _BANNED = torch.finfo(torch.float32).min  # finite: a row with everything banned is still a distribution
-_FIRST_TOP = 512  # candidates looked at before a nucleus needs the whole vocabulary sorted
+_CANDIDATES = (64, 1024)  # most probable ids looked at before a nucleus needs the whole vocabulary sorted
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +107,15 @@ def _sampled_rows(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Zero what top-k, top-p and min-p cut, and renormalise. probs [rows, vocab], each row sums to 1."""
     vocab_size = probs.shape[1]
-    width = min(vocab_size, max(_FIRST_TOP, max(p.top_k for p in params)))
-    floor = _cutoffs(probs.topk(width, dim=1).values, params, vocab_size)
-    unresolved = torch.isnan(floor).nonzero().flatten()
-    if len(unresolved):
+    floor = torch.full((len(params),), torch.nan, device=probs.device)
+    for candidates in (*_CANDIDATES, vocab_size):
+        unresolved = torch.isnan(floor).nonzero().flatten()
+        if not len(unresolved):
+            break
         rows = [params[i] for i in unresolved.tolist()]
-        ranked = probs[unresolved].sort(dim=1, descending=True).values
-        floor[unresolved] = _cutoffs(ranked, rows, vocab_size)
+        width = min(vocab_size, max(candidates, max(p.top_k for p in rows)))
+        open_rows = probs if len(rows) == len(params) else probs[unresolved]
+        floor[unresolved] = _cutoffs(open_rows.topk(width, dim=1).values, rows, vocab_size)
     probs = torch.where(probs >= floor.unsqueeze(1), probs, 0.0)
     # in float64: a float32 sum of one long row is split among threads, and so rounds unlike that of several rows
     return probs / probs.sum(dim=1, keepdim=True, dtype=torch.float64).float()
