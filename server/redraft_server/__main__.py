@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import prometheus_client
 import uvloop
 
 from redraft.errors import ConfigError, RedraftError
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     _tame_threads(config.model)
     configure_logging(config.logging.format, config.logging.level)
+    prometheus_client.disable_created_metrics()  # a second series for every counter, of no use here
     # Only now: the application may import torch, which reads the thread settings once.
     from redraft_server import app as application
 
