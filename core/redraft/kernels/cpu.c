@@ -24,7 +24,7 @@ int redraft_supported(void) {
 /* ---- thread pool: bounded spinning, then sleep; items are taken one by one, so a thread that loses its core delays
  * the others by one item at most ---- */
 
-enum { MAX_THREADS = 64, SPINS_BEFORE_SLEEP = 2000, SPINS_BEFORE_YIELD = 20000 };
+enum { MAX_THREADS = 64, SPINS_BEFORE_SLEEP = 8000, SPINS_BEFORE_YIELD = 20000 };
 typedef void (*item_fn)(void *arg, long item);
 
 static struct {

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 _DRAW_BLOCK = 256
 
 
