@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py core/redraft/kernels/cpu
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --quiet -c constraints.txt "torch" -e ".[dev]"
 	@touch $@
 
-model: $(DRAFT)/model.safetensors  ## demo target (downloaded once, 88 MB) and its pruned draft
+model: $(DRAFT)/model.safetensors  ## demo target (downloaded once, about 90 MB) and its pruned draft
 
 $(DRAFT)/model.safetensors: $(STAMP)
 	@$(BIN)/python -m redraft.models.demo

@@ -48,7 +48,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from redraft.telemetry.draft_metrics import STEP_SECONDS_BUCKETS, DraftMetrics
 from redraft.telemetry.observations import RequestObservation, StepObservation
 
-SKIP_REASONS = ("disabled", "no_draft", "batch_too_large", "fallback")
+SKIP_REASONS = ("disabled", "no_draft")
 """Why a sequence decoded without a draft. Others may be reported; these are on the page from the start."""
 
 # OTel's GenAI bucket edges, widened to what CPU serving and long generations need.
