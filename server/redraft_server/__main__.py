@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     _tame_threads(config.model)
     configure_logging(config.logging.format, config.logging.level)
-    prometheus_client.disable_created_metrics()  # a second series for every counter, of no use here
+    # a second series for every counter is of no use here
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     # Only now: the application may import torch, which reads the thread settings once.
     from redraft_server import app as application
 
