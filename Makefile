@@ -7,7 +7,7 @@ DRAFT  := build/demo-draft
 SOURCES := core server draft_training clients/python tests benchmarks scripts docs hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test test-slow check format proto bench clean
+.PHONY: help install model demo test exactness check format proto bench clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,11 +31,11 @@ $(DRAFT)/model.safetensors: $(STAMP)
 demo: model  ## serve the demo model, stream prompts with and without speculation, print the figures
 	@$(BIN)/python -m scripts.demo --draft $(DRAFT) --output build/demo.json
 
-test: model  ## the whole suite except what is marked slow (about 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow"
+test: model  ## the whole suite (about 12 minutes on 2 cores)
+	@$(BIN)/python -m pytest
 
-test-slow: model  ## the long exactness runs too
-	@$(BIN)/python -m pytest -m slow
+exactness: model  ## all of benchmarks/results/exactness.md: hours; what is done is kept
+	@$(BIN)/python -m benchmarks.exactness --draft $(DRAFT)
 
 check: $(STAMP)  ## format, lint, types, import layers, proto lint and drift
 	@$(BIN)/ruff format --check $(SOURCES)
