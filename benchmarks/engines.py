@@ -57,7 +57,7 @@ class SharedModel:
 
     @property
     def version(self) -> str:
-        return f"d-{self.loaded.weights_fingerprint.removeprefix('sha256:')[:12]}"
+        return self.loaded.draft_version
 
     def step_cost(self) -> StepCost:
         """A profile of one's own, to go on from: what one engine learns does not reach the next."""

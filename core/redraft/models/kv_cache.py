@@ -30,10 +30,6 @@ class KVCache:
     def device(self) -> torch.device:
         return self.keys.device
 
-    @property
-    def num_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
-
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values [kv_heads, tokens, head_dim] at slots [tokens]."""
         self.keys[layer].index_copy_(1, slots, keys)

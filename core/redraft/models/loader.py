@@ -43,6 +43,11 @@ class LoadedModel:
     device: torch.device
     directory: Path
 
+    @property
+    def draft_version(self) -> str:
+        """A short name for a draft that no registry has named: the start of its weights' hash."""
+        return f"d-{self.weights_fingerprint.removeprefix('sha256:')[:12]}"
+
 
 def load_model(
     ref: ModelRef,

@@ -163,7 +163,7 @@ def _info(
         proposer=config.speculation.proposer,
         num_speculative_tokens=config.speculation.num_speculative_tokens if uses_speculation else 0,
         draft_name=None if draft is None else draft.name,
-        draft_version="" if draft is None else _draft_version(draft),
+        draft_version="" if draft is None else draft.draft_version,
         kv_block_size=pool.block_size,
         kv_num_blocks=pool.num_blocks,
         kv_bytes=sum(kv_bytes_per_token(m.config.get_text_config(), m.dtype) for m in models) * capacity,
@@ -171,11 +171,6 @@ def _info(
         dtype=str(target.dtype).removeprefix("torch."),
         device=str(target.device),
     )
-
-
-def _draft_version(draft: LoadedModel) -> str:
-    """A short name for a draft that no registry has named: the start of its weights' hash."""
-    return f"d-{draft.weights_fingerprint.removeprefix('sha256:')[:12]}"
 
 
 def _num_bytes(loaded: LoadedModel) -> int:
