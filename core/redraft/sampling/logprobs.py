@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from redraft.sampling.processors import SamplingRow, untruncated_logsumexp
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,14 @@ class TeacherRow:
     """The target's prediction at one position: its n largest logits and logsumexp over the whole vocabulary.
 
     exp(logits - logsumexp) are exact probabilities of `ids`; what they leave of 1 is the mass of the tail.
+    `sampling_logsumexp` is the same after the request's penalties, bias, bans and temperature (before truncation);
+    None at temperature 0.
     """
 
     ids: tuple[int, ...]
     logits: tuple[float, ...]
     logsumexp: float
+    sampling_logsumexp: float | None = None
 
 
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> tuple[TokenLogprob, ...]:
@@ -45,12 +51,16 @@ def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> tuple[
     )
 
 
-def teacher_rows(logits: Tensor, num_top: int) -> tuple[TeacherRow, ...]:
-    """Compress logits [rows, vocab_size] to their `num_top` largest and the logsumexp."""
+def teacher_rows(logits: Tensor, num_top: int, rows: Sequence[SamplingRow]) -> tuple[TeacherRow, ...]:
+    """Compress logits [rows, vocab_size] to their `num_top` largest and both normalisers."""
     best = logits.topk(min(num_top, logits.shape[1]), dim=1)
     return tuple(
-        TeacherRow(tuple(ids), tuple(values), total)
-        for ids, values, total in zip(
-            best.indices.tolist(), best.values.tolist(), logits.logsumexp(dim=1).tolist(), strict=True
+        TeacherRow(tuple(ids), tuple(values), total, sampling_total)
+        for ids, values, total, sampling_total in zip(
+            best.indices.tolist(),
+            best.values.tolist(),
+            logits.logsumexp(dim=1).tolist(),
+            untruncated_logsumexp(logits, rows),
+            strict=True,
         )
     )

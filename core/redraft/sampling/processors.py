@@ -46,12 +46,7 @@ def probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         [rows, vocab_size] float32, each row sums to 1. A sampled row with NaN or +inf among its logits, or with
         nothing but -inf, is NaN throughout; the other rows are not touched by it.
     """
-    assert logits.shape[0] == len(rows)
-    scores = logits.float()
-    if any(row.banned_ids or row.params.logit_bias or row.params.has_penalties for row in rows):
-        scores = scores.clone() if scores is logits else scores
-        for position, row in enumerate(rows):
-            _adjust_row_(scores[position], row)
+    scores = _adjusted(logits, rows)
     sampled = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if len(sampled) == len(rows):
         return _sampled_rows(scores, [row.params for row in rows])
@@ -61,6 +56,34 @@ def probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         index = torch.tensor(sampled, device=scores.device)
         result[index] = _sampled_rows(scores[index], [rows[i].params for i in sampled])
     return result
+
+
+def untruncated_logsumexp(logits: Tensor, rows: Sequence[SamplingRow]) -> list[float | None]:
+    """Normaliser of every row before top-k, top-p and min-p cut it: logsumexp over the whole vocabulary of the logits
+    after penalties, bias, bans and temperature. None for a greedy row, whose distribution is its arg max.
+
+    With it a few of a row's largest logits give their exact probabilities at the request's own parameters.
+    """
+    scores = _adjusted(logits, rows)
+    sampled = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    result: list[float | None] = [None] * len(rows)
+    if sampled:
+        temperatures = _column([max(rows[i].params.temperature, 1e-30) for i in sampled], scores)
+        totals = (scores[sampled] / temperatures).logsumexp(dim=1).tolist()
+        for index, total in zip(sampled, totals, strict=True):
+            result[index] = total
+    return result
+
+
+def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """logits [rows, vocab_size] as float32, after penalties, bias and bans; the argument itself if nothing changes."""
+    assert logits.shape[0] == len(rows)
+    scores = logits.float()
+    if any(row.banned_ids or row.params.logit_bias or row.params.has_penalties for row in rows):
+        scores = scores.clone() if scores is logits else scores
+        for position, row in enumerate(rows):
+            _adjust_row_(scores[position], row)
+    return scores
 
 
 def _adjust_row_(scores: Tensor, row: SamplingRow) -> None:

@@ -131,7 +131,7 @@ def speculative_step(work: Sequence[Work], target: ModelRunner, proposer: Propos
                 verdict.expected,
                 () if w.logprobs is None else token_logprobs(verified[: len(emitted)], list(emitted), w.logprobs),
                 prompt_scores,
-                teacher_rows(verified, w.teacher_top_n) if w.teacher_top_n else (),
+                _teacher(w, p, verified),
             )
         )
         if p.token_ids and proposer is not None:
@@ -162,6 +162,14 @@ def _prompt_logprobs(work: Work, rows: Tensor) -> tuple[TokenLogprob, ...]:
     first = state.num_computed + 1
     scored = state.token_ids[first : min(first + work.num_tokens, state.num_prompt_tokens)]
     return token_logprobs(rows[: len(scored)], scored, work.prompt_logprobs) if scored else ()
+
+
+def _teacher(work: Work, proposal: SequenceProposal, verified: Tensor) -> tuple[TeacherRow, ...]:
+    """Labels of the position before each drafted token and of the one after the last, if they are wanted."""
+    if not work.teacher_top_n:
+        return ()
+    rows = [work.state.sampling_row(proposal.token_ids[:j]) for j in range(len(verified))]
+    return teacher_rows(verified, work.teacher_top_n, rows)
 
 
 def _accept(work: Sequence[Work], proposal: Proposal, rows: Sequence[Tensor]) -> list[_Accepted | None]:

@@ -98,6 +98,9 @@ class TeacherPosition:
     """float32, one per id."""
     logsumexp: float
     """float32, over the whole vocabulary."""
+    sampling_logsumexp: float | None = None
+    """The same after the request's penalties, bias, bans and temperature, before top-k, top-p and min-p: gives the
+    kept ids their exact probabilities at the request's own parameters. None at temperature 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,8 @@ class TrafficRecord:
     steps: tuple[StepRecord, ...] = ()
     teacher: tuple[TeacherPosition, ...] = ()
     """Every verified position whose logits were captured; empty when capture was off."""
+    domain: str = ""
+    """What kind of traffic this is, in the application's own words (`sql`, `support`); empty if it did not say."""
     cached_prompt_tokens: int = 0
     schema_version: int = SCHEMA_VERSION
 
@@ -198,6 +203,7 @@ class TrafficRecord:
 _PLAIN_FIELDS = (
     *("request_id", "sample_index", "created_unix_s", "tenant", "model", "target_fingerprint"),
     *("tokenizer_fingerprint", "draft_version", "finish_reason", "cached_prompt_tokens", "schema_version"),
+    "domain",
 )
 
 
@@ -243,6 +249,7 @@ ARROW_SCHEMA = pa.schema(
         _field("sample_index", pa.int32()),
         _field("created_unix_s", pa.float64()),
         _field("tenant", pa.string()),
+        _field("domain", pa.string()),
         _field("model", pa.string()),
         _field("target_fingerprint", pa.string()),
         _field("tokenizer_fingerprint", pa.string()),
@@ -294,6 +301,7 @@ ARROW_SCHEMA = pa.schema(
                         _field("ids", _list(pa.int32())),
                         _field("logits", _list(pa.float32())),
                         _field("logsumexp", pa.float32()),
+                        _field("sampling_logsumexp", pa.float32(), nullable=True),
                     ]
                 )
             ),

@@ -90,6 +90,7 @@ class EngineRequest:
     max_draft_tokens: int | None = None  # None: the server's limit
     deadline: float | None = None  # time.monotonic() seconds
     tenant: str = ""
+    domain: str = ""  # the application's word for this kind of traffic
     log_traffic: bool = True
 
 

@@ -59,6 +59,7 @@ class Recorder:
             sample_index=completion.index,
             created_unix_s=time.time(),
             tenant=request.spec.tenant,
+            domain=request.spec.domain,
             model=self._info.model,
             target_fingerprint=self._info.target_fingerprint,
             tokenizer_fingerprint=self._info.tokenizer_fingerprint,
@@ -116,6 +117,7 @@ def _teacher_positions(step: VerifiedStep, num_output_tokens: int) -> list[Teach
             ids=row.ids,
             logits=row.logits,
             logsumexp=row.logsumexp,
+            sampling_logsumexp=row.sampling_logsumexp,
         )
         for offset, row in enumerate(step.teacher)
     ]

@@ -1,0 +1,1 @@
+"""Traffic as training examples: reading, selection, replay, packing."""

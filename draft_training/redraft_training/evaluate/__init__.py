@@ -1,0 +1,1 @@
+"""How good a draft is: expected acceptance, replay, intervals, reports."""
