@@ -46,7 +46,7 @@ def probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         [rows, vocab_size] float32, each row sums to 1. A sampled row with NaN or +inf among its logits, or with
         nothing but -inf, is NaN throughout; the other rows are not touched by it.
     """
-    scores = _adjusted(logits, rows)
+    scores = adjusted_logits(logits, rows)
     sampled = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if len(sampled) == len(rows):
         return _sampled_rows(scores, [row.params for row in rows])
@@ -64,7 +64,7 @@ def untruncated_logsumexp(logits: Tensor, rows: Sequence[SamplingRow]) -> list[f
 
     With it a few of a row's largest logits give their exact probabilities at the request's own parameters.
     """
-    scores = _adjusted(logits, rows)
+    scores = adjusted_logits(logits, rows)
     sampled = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     result: list[float | None] = [None] * len(rows)
     if sampled:
@@ -75,8 +75,11 @@ def untruncated_logsumexp(logits: Tensor, rows: Sequence[SamplingRow]) -> list[f
     return result
 
 
-def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """logits [rows, vocab_size] as float32, after penalties, bias and bans; the argument itself if nothing changes."""
+def adjusted_logits(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """logits [rows, vocab_size] as float32, after penalties, bias and bans; the argument itself if nothing changes.
+
+    The first half of `probabilities`, for those who need logits: temperature and truncation are still to come.
+    """
     assert logits.shape[0] == len(rows)
     scores = logits.float()
     if any(row.banned_ids or row.params.logit_bias or row.params.has_penalties for row in rows):
