@@ -20,6 +20,10 @@ ProblemKind = Literal["torn", "temporary", "foreign", "schema", "invalid_record"
 
 _BATCH_ROWS = 256
 
+_OPTIONAL_COLUMNS = {"domain": ""}
+_OPTIONAL_TEACHER_FIELDS = {"sampling_logsumexp": None}
+"""Came after the first shards of this schema version were written, and what stands for them there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -135,9 +139,17 @@ def _records(parquet: Any, bad_rows: Counter[str]) -> Iterator[TrafficRecord]:
         for index in range(batch.num_rows):
             row = {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
             try:
-                yield TrafficRecord.from_row(row)
+                yield TrafficRecord.from_row(_completed(row))
             except (ValueError, KeyError, TypeError) as error:
                 bad_rows[type(error).__name__] += 1
+
+
+def _completed(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the optional columns that its shard lacks."""
+    for position in row["teacher"]:
+        for name, value in _OPTIONAL_TEACHER_FIELDS.items():
+            position.setdefault(name, value)
+    return {**_OPTIONAL_COLUMNS, **row}
 
 
 def _schema_mismatch(schema: pa.Schema) -> str | None:
@@ -146,7 +158,7 @@ def _schema_mismatch(schema: pa.Schema) -> str | None:
         return "no schema version in the file"
     if version != str(SCHEMA_VERSION).encode():
         return f"schema version {version.decode('ascii', 'replace')[:20]}, not {SCHEMA_VERSION}"
-    missing = [name for name in ARROW_SCHEMA.names if name not in schema.names]
+    missing = [name for name in ARROW_SCHEMA.names if name not in schema.names and name not in _OPTIONAL_COLUMNS]
     return f"columns missing: {', '.join(missing)}" if missing else None
 
 

@@ -1,8 +1,8 @@
 """Examples packed into rectangles of tokens, with every position at which a loss or a score is due.
 
-Several examples share a row; a branch lies behind its example's text in the same row, at the positions it would have had
-as text. The mask keeps examples apart and lets a branch see only the text it left and itself, so every prediction is the
-one the model would make on that prefix alone.
+Several examples share a row; a branch lies behind its example's text in the same row, at the positions it would have
+had as text. The mask keeps examples apart and lets a branch see only the text it left and itself, so every prediction
+is the one the model would make on that prefix alone.
 """
 
 from __future__ import annotations

@@ -122,6 +122,23 @@ def test_columns_of_a_later_writer_are_ignored(tmp_path: Path) -> None:
     assert list(TrafficReader(str(tmp_path)).iter_records()) == [record()]
 
 
+def test_columns_that_came_later_may_be_missing(tmp_path: Path) -> None:
+    """A shard from before `domain` and `sampling_logsumexp` is still a shard of version 1."""
+    table = pa.Table.from_pylist([record(domain="sql").to_row()], schema=ARROW_SCHEMA).drop_columns(["domain"])
+    teacher = ARROW_SCHEMA.field("teacher").type.value_type
+    old = pa.list_(pa.struct([field for field in teacher if field.name != "sampling_logsumexp"]))
+    rows = [
+        [{name: value for name, value in p.items() if name != "sampling_logsumexp"} for p in row]
+        for row in table.column("teacher").to_pylist()
+    ]
+    place = table.schema.get_field_index("teacher")
+    write_table(tmp_path, table.set_column(place, pa.field("teacher", old, nullable=False), pa.array(rows, old)))
+    assert read(tmp_path)[1] == []
+    (found,) = TrafficReader(str(tmp_path)).iter_records()
+    assert (found.domain, {p.sampling_logsumexp for p in found.teacher}) == ("", {None})
+    assert found == record()
+
+
 def test_a_row_that_makes_no_record_is_counted(tmp_path: Path) -> None:
     good, bad = record("good").to_row(), record("bad").to_row()
     bad["steps"][0]["num_accepted"] = 99
