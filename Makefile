@@ -7,14 +7,14 @@ DRAFT  := build/demo-draft
 SOURCES := core server draft_training clients/python tests benchmarks scripts docs hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test exactness check format proto bench clean
+.PHONY: help install model demo test exactness check format proto bench bench-learning clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## virtual environment with pinned dependencies, project installed in place
 
-$(STAMP): pyproject.toml constraints.txt hatch_build.py core/redraft/kernels/cpu.c
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard core/redraft/kernels/*.[ch])
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned dependencies (a minute or two; torch is the large one) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
@@ -28,8 +28,8 @@ $(DRAFT)/model.safetensors: $(STAMP)
 	@rm -rf $(DRAFT)
 	@$(BIN)/redraft-train init --target demo --layers 0,10,20,29 --output $(DRAFT)
 
-demo: model  ## serve the demo model, stream prompts with and without speculation, print the figures
-	@$(BIN)/python -m scripts.demo --draft $(DRAFT) --output build/demo.json
+demo: model  ## a draft's life: serve, distil, gate, hot-swap, drift, recover (about 15 minutes on 2 cores)
+	@$(BIN)/python -m scripts.demo --draft $(DRAFT) --output build
 
 test: model  ## the whole suite (about 12 minutes on 2 cores)
 	@$(BIN)/python -m pytest
@@ -55,6 +55,9 @@ proto: $(STAMP)  ## regenerate the stubs in core/redraft/v1
 
 bench: model  ## redraft against transformers on this machine, into benchmarks/results
 	@$(BIN)/python -m benchmarks.serving --draft $(DRAFT)
+
+bench-learning: model  ## how fast a draft learns, into benchmarks/results; hours, what is done is kept
+	@$(BIN)/python -m benchmarks.learning
 
 clean:  ## remove what the targets made, the virtual environment included
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

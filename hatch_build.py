@@ -11,8 +11,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_SOURCE = "core/redraft/kernels/cpu.c"
-_LIBRARY = "core/redraft/kernels/_cpu.so"
+_SOURCES = "core/redraft/kernels"
+_LIBRARY = f"{_SOURCES}/_cpu.so"
 _FLAGS = ("-O3", "-shared", "-fPIC", "-fno-math-errno")
 
 
@@ -32,7 +32,8 @@ class KernelBuildHook(BuildHookInterface[Any]):
         root = Path(self.root)
         # beside the final name, then renamed: a process that has the old library mapped keeps it
         fresh = root / f"{_LIBRARY}.{os.getpid()}"
-        command = [*compiler.split(), *_FLAGS, "-o", str(fresh), str(root / _SOURCE), "-lpthread", "-lm"]
+        sources = [str(path) for path in sorted((root / _SOURCES).glob("*.c"))]
+        command = [*compiler.split(), *_FLAGS, "-o", str(fresh), *sources, "-lpthread", "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             self.app.display_warning(

@@ -1,124 +1,21 @@
-/* CPU kernels of redraft: linear layers and paged attention in fp32, and the thread pool that runs them.
- *
- * Every output row is computed by the same operations in the same order whatever else is in the batch, so a token's
- * logits do not depend, not even in their last bit, on how many tokens are verified with it or who its neighbours are.
- *
- * x86-64 with AVX2 and FMA. Called from Python through ctypes; one call at a time (`run` takes a lock).
- */
-#define _GNU_SOURCE
+/* Linear layers and paged attention in fp32; see pool.h for what all kernels promise. */
 #include <immintrin.h>
-#include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 
-#define AVX2 __attribute__((target("avx2,fma")))
-#define INLINE static inline __attribute__((always_inline)) AVX2
+#include "pool.h"
 
 int redraft_supported(void) {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-/* ---- thread pool: bounded spinning, then sleep; items are taken one by one, so a thread that loses its core delays
- * the others by one item at most ---- */
-
-enum { MAX_THREADS = 64, SPINS_BEFORE_SLEEP = 8000, SPINS_BEFORE_YIELD = 20000 };
-typedef void (*item_fn)(void *arg, long item);
-
-static struct {
-  pthread_mutex_t caller, sleep;
-  pthread_cond_t wake;
-  atomic_flag busy; /* guards function, arg, num_items, next_item */
-  item_fn function;
-  void *arg;
-  long num_items, next_item;
-  atomic_long done, generation, sleepers;
-  int num_threads;
-} pool = {.caller = PTHREAD_MUTEX_INITIALIZER, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER,
-          .busy = ATOMIC_FLAG_INIT, .num_threads = 1};
-
-static void lock_items(void) {
-  for (int spins = 0; atomic_flag_test_and_set_explicit(&pool.busy, memory_order_acquire);)
-    if (++spins < SPINS_BEFORE_YIELD) _mm_pause(); else sched_yield();
-}
-
-static void unlock_items(void) { atomic_flag_clear_explicit(&pool.busy, memory_order_release); }
-
-static void take_items(void) {
-  for (;;) {
-    lock_items();
-    item_fn function = pool.function;
-    void *arg = pool.arg;
-    long item = pool.next_item < pool.num_items ? pool.next_item++ : -1;
-    unlock_items();
-    if (item < 0) return;
-    function(arg, item);
-    atomic_fetch_add_explicit(&pool.done, 1, memory_order_release);
-  }
-}
-
-static void *worker(void *unused) {
-  (void)unused;
-  for (long seen = 0;;) {
-    for (int spins = 0; atomic_load(&pool.generation) == seen;) {
-      if (++spins < SPINS_BEFORE_SLEEP) { _mm_pause(); continue; }
-      pthread_mutex_lock(&pool.sleep);
-      atomic_fetch_add(&pool.sleepers, 1);
-      while (atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.wake, &pool.sleep);
-      atomic_fetch_sub(&pool.sleepers, 1);
-      pthread_mutex_unlock(&pool.sleep);
-    }
-    seen = atomic_load(&pool.generation);
-    take_items();
-  }
-  return NULL;
-}
-
-/* Grow the pool to `num_threads`, the calling thread included. Never shrinks. Returns the size it has. */
-int redraft_start_pool(int num_threads) {
-  pthread_mutex_lock(&pool.caller);
-  while (pool.num_threads < num_threads && pool.num_threads < MAX_THREADS) {
-    pthread_t thread;
-    if (pthread_create(&thread, NULL, worker, NULL) != 0) break;
-    pthread_detach(thread);
-    pool.num_threads++;
-  }
-  int size = pool.num_threads;
-  pthread_mutex_unlock(&pool.caller);
-  return size;
-}
-
-/* Run function(arg, 0 .. num_items - 1); the caller holds pool.caller. */
-static void run(item_fn function, void *arg, long num_items) {
-  if (pool.num_threads == 1 || num_items == 1) {
-    for (long item = 0; item < num_items; item++) function(arg, item);
-    return;
-  }
-  lock_items();
-  pool.function = function;
-  pool.arg = arg;
-  pool.num_items = num_items;
-  pool.next_item = 0;
-  atomic_store(&pool.done, 0);
-  unlock_items();
-  atomic_fetch_add(&pool.generation, 1);
-  if (atomic_load(&pool.sleepers) > 0) {
-    pthread_mutex_lock(&pool.sleep);
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.sleep);
-  }
-  take_items();
-  for (int spins = 0; atomic_load_explicit(&pool.done, memory_order_acquire) < num_items;)
-    if (++spins < SPINS_BEFORE_YIELD) _mm_pause(); else sched_yield();
-}
-
 /* ---- linear: y[m, n] = x[m, k] w[n, k]^T + bias. Weights come packed in panels of 16 outputs, [n / 16][k][16]; a panel
  * is read from memory once and serves up to 6 rows of x from registers, further rows from the first-level cache, which
  * holds K_BLOCK steps of it ---- */
 
-enum { PANEL = 16, PREFETCH_FLOATS = 256, K_BLOCK = 256 };
+enum { PREFETCH_FLOATS = 256 };
 
 typedef struct {
   const float *x, *panels, *bias;
@@ -164,9 +61,6 @@ DEFINE_PANEL(4)
 DEFINE_PANEL(5)
 DEFINE_PANEL(6)
 
-/* Rows to take next when `left` remain: as few and as even blocks as possible. */
-static long next_rows(long left) { return left <= 6 ? left : left <= 8 ? 4 : left <= 10 ? 5 : 6; }
-
 static void linear_item(void *arg, long item) {
   const linear_job *job = arg;
   long first = item * job->panels_per_item, last = first + job->panels_per_item;
@@ -196,36 +90,16 @@ static void linear_item(void *arg, long item) {
   }
 }
 
-/* Transpose each block of rows to [k][rows], into a buffer that only grows; the caller holds pool.caller. */
-static const float *pack_rows(const float *x, long m, long k) {
-  static float *buffer;
-  static long capacity;
-  if (m == 1) return x;
-  if (capacity < m * k) {
-    free(buffer);
-    buffer = malloc(m * k * sizeof(float));
-    capacity = buffer ? m * k : 0;
-    if (!buffer) return NULL;
-  }
-  for (long row = 0, rows; row < m; row += rows) {
-    rows = next_rows(m - row);
-    float *out = buffer + row * k;
-    for (long r = 0; r < rows; r++)
-      for (long i = 0; i < k; i++) out[i * rows + r] = x[(row + r) * k + i];
-  }
-  return buffer;
-}
-
 /* n must be a multiple of 16, panels 32-byte aligned. Returns 0, or -1 if memory ran out. */
 int redraft_linear(const float *x, const float *panels, const float *bias, float *y, long m, long k, long n) {
-  pthread_mutex_lock(&pool.caller);
+  int threads = pool_enter();
   const float *packed = pack_rows(x, m, k);
   if (packed) {
-    long num_panels = n / PANEL, items = 4 * pool.num_threads;
+    long num_panels = n / PANEL, items = 4 * threads;
     linear_job job = {packed, panels, bias, y, m, k, n, (num_panels + items - 1) / items};
-    run(linear_item, &job, (num_panels + job.panels_per_item - 1) / job.panels_per_item);
+    pool_run(linear_item, &job, (num_panels + job.panels_per_item - 1) / job.panels_per_item);
   }
-  pthread_mutex_unlock(&pool.caller);
+  pool_leave();
   return packed ? 0 : -1;
 }
 
@@ -341,8 +215,8 @@ int redraft_attention(const float *query, const float *keys, const float *values
                       long head_dim, long num_slots, long block_size, long window, float scale, float softcap) {
   attention_job job = {query, keys, values, output, items, blocks, heads, kv_heads, head_dim, num_slots,
                        block_size, table_width, window, scale, softcap, 0};
-  pthread_mutex_lock(&pool.caller);
-  run(attention_item, &job, num_items * kv_heads);
-  pthread_mutex_unlock(&pool.caller);
+  pool_enter();
+  pool_run(attention_item, &job, num_items * kv_heads);
+  pool_leave();
   return atomic_load(&job.failed) ? -1 : 0;
 }

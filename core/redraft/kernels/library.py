@@ -1,4 +1,5 @@
-"""The compiled kernels of `cpu.c`, called on tensors. `library()` is None where they were not built or cannot run."""
+"""The compiled kernels of the C files beside this, called on tensors. `library()` is None where they were not built or
+cannot run."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 LIBRARY_FILE = Path(__file__).with_name("_cpu.so")
 PANEL = 16
+_ALIGNMENT = 64  # bytes
 MAX_HEAD_DIM = 256
 _QUERIES_PER_ITEM = 8
 
@@ -22,8 +24,10 @@ class CpuKernels:
     def __init__(self, path: Path) -> None:
         self._lib = ctypes.CDLL(str(path))
         linear = (*(c_void_p,) * 4, *(c_long,) * 3)
+        linear_int8 = (*(c_void_p,) * 5, *(c_long,) * 3)
         attention = (*(c_void_p,) * 5, c_long, c_void_p, *(c_long,) * 7, c_float, c_float)
         self._lib.redraft_linear.argtypes = linear
+        self._lib.redraft_linear_int8.argtypes = linear_int8
         self._lib.redraft_attention.argtypes = attention
         self._lib.redraft_start_pool.argtypes = (c_int,)
         self.is_supported = bool(self._lib.redraft_supported())
@@ -33,11 +37,11 @@ class CpuKernels:
         return int(self._lib.redraft_start_pool(num_threads))
 
     def pack(self, weight: Tensor) -> Tensor:
-        """[n, k] -> panels [ceil(n / 16), k, 16], 64-byte aligned, the last one filled up with zeros."""
+        """[n, k] fp32 or int8 -> panels [ceil(n / 16), k, 16], 64-byte aligned, the last one filled up with zeros."""
         n, k = weight.shape
         panels = -(-n // PANEL)
-        storage = torch.empty(panels * PANEL * k + PANEL)
-        offset = -(storage.data_ptr() // 4) % PANEL
+        storage = torch.empty(panels * PANEL * k + _ALIGNMENT, dtype=weight.dtype)
+        offset = -storage.data_ptr() % _ALIGNMENT // weight.element_size()
         packed = storage[offset : offset + panels * PANEL * k].view(panels, k, PANEL)
         packed.zero_()
         whole = n // PANEL
@@ -54,6 +58,27 @@ class CpuKernels:
         status = self._lib.redraft_linear(
             rows.data_ptr(),
             packed.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            rows.shape[0],
+            k,
+            panels * PANEL,
+        )
+        _check(status)
+        return y[:, :out_features].reshape(*x.shape[:-1], out_features)
+
+    def linear_int8(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+        """x [.., k] times an int8 packed weight, times `scale` per output -> [.., out_features].
+
+        `scale` and `bias` (or None) have a multiple of 16 entries.
+        """
+        panels, k, _ = packed.shape
+        rows = x.reshape(-1, k).contiguous()
+        y = torch.empty(rows.shape[0], panels * PANEL)
+        status = self._lib.redraft_linear_int8(
+            rows.data_ptr(),
+            packed.data_ptr(),
+            scale.data_ptr(),
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             rows.shape[0],

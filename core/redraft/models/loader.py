@@ -16,8 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from redraft.errors import ModelError, ModelNotFound, UnsupportedModel
 from redraft.models.cache import Progress, sha256_file, stderr_progress
+from redraft.models.checkpoint_files import weight_files
 from redraft.models.ref import ModelRef
-from redraft.models.source import CheckpointSource, resolve_source, weight_files
+from redraft.models.source import CheckpointSource, resolve_source
 
 # Layers whose state is keys and values per position; a recurrent layer's state cannot be rolled back.
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

@@ -13,7 +13,7 @@ from redraft.errors import ModelError
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w./-]*", re.ASCII)
 _EXPECTED = (
-    "expected `demo`, a Hugging Face id such as `org/name` or `org/name@revision`, "
+    "expected `demo`, `demo-draft`, a Hugging Face id such as `org/name` or `org/name@revision`, "
     "a directory such as `./my-model`, or a file that ends in .gguf"
 )
 
@@ -25,14 +25,15 @@ class ModelKind(StrEnum):
     DIRECTORY = "directory"
     GGUF = "gguf"
     DEMO = "demo"
+    DEMO_DRAFT = "demo-draft"
 
 
 @dataclass(frozen=True)
 class ModelRef:
     """A model's name, parsed.
 
-    `location` is the hub id, or the path as given (`~` expanded), or `demo`. `revision` (a branch, tag or
-    commit) is None except for a hub id that named one.
+    `location` is the hub id, or the path as given (`~` expanded), or `demo`, or `demo-draft`.
+    `revision` (a branch, tag or commit) is None except for a hub id that named one.
     """
 
     kind: ModelKind
@@ -43,7 +44,7 @@ class ModelRef:
     def parse(cls, text: str) -> ModelRef:
         """Read a model's name.
 
-        - `demo` → the packaged SmolLM2-135M-Instruct;
+        - `demo` → the packaged SmolLM2-135M-Instruct; `demo-draft` → the draft for it;
         - `anything.gguf` → a GGUF file;
         - starts with `/`, `./`, `../` or `~`, or is an existing directory → a checkpoint directory;
         - `org/name`, `name`, `org/name@revision` → Hugging Face.
@@ -56,8 +57,8 @@ class ModelRef:
             raise ModelError(f"the model name is empty: {_EXPECTED}")
         if not name.isprintable() or len(name) > 4096:
             raise ModelError(f"{name[:60]!r} is not a model name: {_EXPECTED}")
-        if name == "demo":
-            return cls(ModelKind.DEMO, "demo")
+        if name in (ModelKind.DEMO, ModelKind.DEMO_DRAFT):
+            return cls(ModelKind(name), name)
         is_path = name in (".", "..") or name.startswith(("/", "./", "../", "~"))
         path = Path(os.path.expanduser(name))  # leaves an unknown ~user as it is
         if name.lower().endswith(".gguf"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from redraft.models.attention import ATTENTION_NAME, PagedContext, Segment
+from redraft.models.heads import reduce_head
 from redraft.models.kv_cache import KVCache
 from redraft.models.packed import pack_linears
 
@@ -40,10 +41,24 @@ class ModelRunner:
         num_blocks, block_size: size of the KV cache, shared block ids with every other runner of the engine.
         vocab_size: ids the tokenizer knows; logits of padding ids above it are cut off, so they are never drawn.
             A model with fewer logits than that gets -inf for the rest.
+        output_ids: [width] int64, distinct ids below vocab_size: the head computes only these (it is cut to them unless
+            it has just as many rows already), every other id gets -inf. None: the whole vocabulary.
     """
 
-    def __init__(self, model: PreTrainedModel, *, num_blocks: int, block_size: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        output_ids: Tensor | None = None,
+    ) -> None:
         model.set_attn_implementation(ATTENTION_NAME)
+        if output_ids is not None:
+            reduce_head(model, output_ids)
+            output_ids = output_ids.to(model.device)
+        self.output_ids = output_ids
         pack_linears(model)
         self.model = model
         self.num_blocks = num_blocks
@@ -81,6 +96,9 @@ class ModelRunner:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _known_ids(self, logits: Tensor) -> Tensor:
+        if self.output_ids is not None:
+            full = logits.new_full((logits.shape[0], self.vocab_size), -torch.inf)
+            return full.index_copy_(1, self.output_ids, logits)
         missing = self.vocab_size - logits.shape[1]
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)

@@ -17,9 +17,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from redraft.errors import ModelNotFound, UnsafeCheckpoint
+from redraft.errors import ModelNotFound
 from redraft.models.cache import Progress, stderr_progress
 from redraft.models.demo import demo_directory
+from redraft.models.demo_draft import demo_draft_directory
 from redraft.models.gguf import convert_gguf
 from redraft.models.ref import ModelKind, ModelRef
 
@@ -27,7 +28,6 @@ from redraft.models.ref import ModelKind, ModelRef
 # is the same weights once more, in a vendor's own layout.
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _HUB_IGNORED = ["*/*", "consolidated*", "optimizer*", "training_args*"]
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def resolve_source(
     match ref.kind:
         case ModelKind.DEMO:
             source = CheckpointSource(*demo_directory(cache_dir=cache_dir, progress=progress))
+        case ModelKind.DEMO_DRAFT:
+            source = CheckpointSource(*demo_draft_directory(cache_dir=cache_dir, progress=progress))
         case ModelKind.GGUF:
             directory, digest = convert_gguf(Path(ref.location), cache_dir=cache_dir, progress=progress)
             source = CheckpointSource(directory, Path(ref.location).stem, digest)
@@ -63,24 +65,6 @@ def resolve_source(
         case ModelKind.HUB:
             source = _hub_source(ref, progress)
     return source
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sorted by name.
-
-    Raises `UnsafeCheckpoint` if the weights exist only as pickle, `ModelNotFound` if there are none.
-    """
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    if pickles:
-        raise UnsafeCheckpoint(
-            f"{directory} has its weights only as pickle ({pickles[0]}), which may run code when read. "
-            "Convert it where you trust the file: transformers writes safetensors with "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-        )
-    raise ModelNotFound(f"{directory} holds no weights: expected *.safetensors")
 
 
 def _directory_source(directory: Path) -> CheckpointSource:

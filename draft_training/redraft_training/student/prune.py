@@ -6,38 +6,46 @@ has only to heal the gaps. An untrained pruned model proposes poorly: expect alm
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
-
-from redraft.errors import ConfigError, UnsupportedModel
-from redraft.models.cache import Progress, atomic_directory, stderr_progress
+from redraft.errors import ConfigError
+from redraft.files import atomic_directory
+from redraft.models.cache import Progress, stderr_progress
+from redraft.models.checkpoint_files import copy_tokenizer
+from redraft.models.draft_vocab import DraftVocab
 from redraft.models.loader import LoadedModel, load_model, read_config
 from redraft.models.ref import ModelRef
 from redraft.models.source import resolve_source
 from redraft.models.tokenizer import load_tokenizer
+from redraft_training.student.checkpoint import parameters, write_provenance
+from redraft_training.student.importance import Importance, choose_layers
+from redraft_training.student.layers import check_layers, evenly_spaced_layers, prune_layers
+from redraft_training.student.width import prune_width
 
-DRAFT_CONFIG = "draft_config.json"
-# One entry a layer, in any architecture's config: layer_types, mlp_layer_types, no_rope_layers, ...
-_PER_LAYER_KEY = re.compile(r"layer_types|_layers$")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.jinja",
-)
+
+@dataclass(frozen=True, slots=True)
+class DraftShape:
+    """What of the target a draft is made of.
+
+    Attributes:
+        layers: 0-based, ascending; or else
+        num_layers: how many, chosen by `importance`.
+        importance: EVEN (evenly spaced, the first and the last included), or measured on calibration text.
+        intermediate_size, num_key_value_heads: MLP channels and key/value heads to keep in every layer, chosen on
+            calibration text; None: all.
+        vocab: the reduced output vocabulary; None: the whole one.
+    """
+
+    layers: Sequence[int] | None = None
+    num_layers: int | None = None
+    importance: Importance = Importance.EVEN
+    intermediate_size: int | None = None
+    num_key_value_heads: int | None = None
+    vocab: DraftVocab | None = None
 
 
 def init_draft(
@@ -46,83 +54,56 @@ def init_draft(
     *,
     layers: Sequence[int] | None = None,
     num_layers: int | None = None,
+    shape: DraftShape | None = None,
+    calibration: Sequence[Sequence[int]] = (),
     progress: Progress = stderr_progress,
 ) -> tuple[int, ...]:
-    """Write a draft made of the target's `layers` to `output`; return the layers kept.
+    """Write a draft made of parts of the target to `output`; return the layers kept.
 
-    Give `layers` (0-based, ascending) or `num_layers` (evenly spaced, the first and the last included).
-    `output` becomes a standard checkpoint directory in the target's own dtype, with the target's tokenizer and
-    a `draft_config.json` that says where it came from; it appears whole or not at all. Raises `ConfigError` for
-    a bad choice of layers or an output that is not empty, and whatever `load_model` raises.
+    Give a `shape`, or in short its `layers` or `num_layers`. `calibration`: token ids of texts like those to be
+    served, for a shape that is chosen by measurement.
+    `output` becomes a standard checkpoint directory in the target's own dtype, with the target's tokenizer, a
+    `draft_config.json` that says where it came from, and `draft_vocab.json` for a reduced vocabulary; it appears whole
+    or not at all. Raises `ConfigError` for a bad choice of layers, no calibration text where it is needed, or an output
+    that is not empty, and whatever `load_model` raises.
     """
+    shape = shape or DraftShape(layers=layers, num_layers=num_layers)
     check_output(output)
     total = read_config(resolve_source(target, progress=progress)).num_hidden_layers
-    if layers is None:
-        if num_layers is None:
-            raise ConfigError("say which layers to keep: --layers 0,10,20,29 or --num-layers 4")
-        layers = evenly_spaced_layers(num_layers, total)
-    kept = check_layers(layers, total)
+    kept = _planned_layers(shape, total)
     loaded = load_model(target, dtype=None, progress=progress)
     tokenizer = load_tokenizer(target, progress=progress)
+    if shape.vocab is not None:
+        shape.vocab.check(tokenizer.vocab_size)
+    if kept is None:
+        assert shape.num_layers is not None
+        kept = choose_layers(loaded.model, calibration, shape.num_layers, method=shape.importance)
     prune_layers(loaded.model, kept)
+    if shape.intermediate_size is not None or shape.num_key_value_heads is not None:
+        prune_width(
+            loaded.model,
+            calibration,
+            intermediate_size=shape.intermediate_size,
+            num_key_value_heads=shape.num_key_value_heads,
+        )
     progress(f"Writing {len(kept)} of {total} layers ({parameters(loaded.model):,} parameters) to {output}")
     with atomic_directory(output) as temporary:
         loaded.model.save_pretrained(temporary)
-        _copy_tokenizer(loaded.directory, temporary)
-        provenance = _provenance(loaded, kept, total, tokenizer.fingerprint)
-        text = json.dumps(provenance, indent=2) + "\n"
-        (temporary / DRAFT_CONFIG).write_text(text, encoding="utf-8")
+        copy_tokenizer(loaded.directory, temporary)
+        if shape.vocab is not None:
+            shape.vocab.write(temporary)
+        write_provenance(temporary, _provenance(loaded, shape, kept, total, tokenizer.fingerprint))
     return kept
 
 
-def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Keep only `layers` (0-based, in this order) of a decoder-only model, in place.
-
-    Embedding, final norm and head are untouched, tied ones stay tied; nothing is copied. Raises
-    `UnsupportedModel` if the stack of layers cannot be found.
-    """
-    parent, name = _decoder_stack(model)
-    stack: nn.ModuleList = getattr(parent, name)
-    total = len(stack)
-    kept = [stack[index] for index in layers]
-    for position, layer in enumerate(kept):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # the key into the KV cache
-                module.layer_idx = position  # type: ignore[assignment]
-    setattr(parent, name, nn.ModuleList(kept))
-    config = model.config
-    for key, value in list(vars(config).items()):
-        if _PER_LAYER_KEY.search(key) and isinstance(value, list) and len(value) == total:
-            setattr(config, key, [value[index] for index in layers])
-    config.num_hidden_layers = len(kept)
-
-
-def evenly_spaced_layers(count: int, total: int) -> tuple[int, ...]:
-    """`count` of `total` layers, the first and the last among them.
-
-    >>> evenly_spaced_layers(4, 30)
-    (0, 10, 19, 29)
-    """
-    if not 1 <= count <= total:
-        raise ConfigError(f"--num-layers {count} is out of range: the target has {total} layers")
-    if count == 1:
-        return (0,)
-    return tuple(round(position * (total - 1) / (count - 1)) for position in range(count))
-
-
-def check_layers(layers: Sequence[int], total: int) -> tuple[int, ...]:
-    """`layers`, if they are an ascending choice of a target's `total` layers; else raises `ConfigError`."""
-    if not layers:
-        raise ConfigError("--layers names no layer")
-    for layer in layers:
-        if not 0 <= layer < total:
-            raise ConfigError(f"--layers: {layer} is out of range, the target has layers 0 to {total - 1}")
-    for before, after in pairwise(layers):
-        if after == before:
-            raise ConfigError(f"--layers: {after} is given twice")
-        if after < before:
-            raise ConfigError(f"--layers: {after} comes after {before}, give them in ascending order")
-    return tuple(layers)
+def _planned_layers(shape: DraftShape, total: int) -> tuple[int, ...] | None:
+    """The layers, if they are known before anything is measured."""
+    if shape.layers is not None:
+        return check_layers(shape.layers, total)
+    if shape.num_layers is None:
+        raise ConfigError("say which layers to keep: --layers 0,10,20,29 or --num-layers 4")
+    even = evenly_spaced_layers(shape.num_layers, total)
+    return even if shape.importance is Importance.EVEN else None
 
 
 def check_output(output: Path) -> None:
@@ -131,35 +112,12 @@ def check_output(output: Path) -> None:
         raise ConfigError(f"--output {output} exists and is not an empty directory")
 
 
-def parameters(model: nn.Module) -> int:
-    """Number of parameters; a tied one counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _decoder_stack(model: PreTrainedModel) -> tuple[nn.Module, str]:
-    """The module that holds the list of decoder layers, and the list's attribute name."""
-    found = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers
-    ]
-    # A layer may hold lists too (experts, for example), but none outside it
-    if not found:
-        raise UnsupportedModel(f"cannot find the layers of a {model.config.model_type} model")
-    return found[0]
-
-
-def _copy_tokenizer(source: Path, destination: Path) -> None:
-    for pattern in _TOKENIZER_FILES:
-        for file in sorted(source.glob(pattern)):
-            shutil.copyfile(file, destination / file.name)
-
-
-def _provenance(loaded: LoadedModel, kept: tuple[int, ...], total: int, tokenizer_fingerprint: str) -> dict[str, Any]:
+def _provenance(
+    loaded: LoadedModel, shape: DraftShape, kept: tuple[int, ...], total: int, tokenizer_fingerprint: str
+) -> dict[str, Any]:
     return {
         "schema_version": 1,
-        "method": "layer_pruning",
+        "method": "pruning",
         "target": {
             "name": loaded.name,
             "revision": loaded.revision,
@@ -167,6 +125,10 @@ def _provenance(loaded: LoadedModel, kept: tuple[int, ...], total: int, tokenize
             "num_hidden_layers": total,
         },
         "layers": list(kept),
+        "importance": "given" if shape.layers is not None else shape.importance.value,
+        "intermediate_size": getattr(loaded.config, "intermediate_size", None),
+        "num_key_value_heads": getattr(loaded.config, "num_key_value_heads", None),
+        "draft_vocab_size": None if shape.vocab is None else len(shape.vocab.ids),
         "num_parameters": parameters(loaded.model),
         "tokenizer_fingerprint": tokenizer_fingerprint,
         "redraft_version": version("redraft"),

@@ -15,7 +15,9 @@ from redraft.models.loader import load_model, weights_fingerprint
 from redraft.models.ref import ModelKind, ModelRef
 from redraft.models.tokenizer import check_compatible, load_tokenizer
 from redraft_training.__main__ import app
-from redraft_training.student.prune import DRAFT_CONFIG, evenly_spaced_layers, init_draft, prune_layers
+from redraft_training.student.checkpoint import DRAFT_CONFIG
+from redraft_training.student.layers import evenly_spaced_layers, prune_layers
+from redraft_training.student.prune import init_draft
 from tests.fakes import ARCHITECTURES, save_tiny, tiny_model
 
 IDS = torch.arange(3, 43)[None]  # longer than the sliding window
@@ -120,20 +122,20 @@ def test_bad_layers_are_one_clear_line(tmp_path: Path, layers: str, text: str) -
     assert not (tmp_path / "d").exists()
 
 
-def test_other_bad_input_exits_2(tmp_path: Path) -> None:
+def test_other_bad_input_is_one_clear_line(tmp_path: Path) -> None:
     target = str(save_tiny(tmp_path / "t", layers=3))
     free = str(tmp_path / "d")
-    for arguments, text in [
-        (["--target", target, "--layers", "0", "--output", target], "not an empty directory"),
-        (["--target", target, "--num-layers", "4", "--output", free], "out of range"),
-        (["--target", target, "--num-layers", "0", "--output", free], "out of range"),
-        (["--target", target, "--output", free], "either --layers"),
-        (["--target", target, "--layers", "0", "--num-layers", "1", "--output", free], "either --layers"),
-        (["--target", str(tmp_path / "none"), "--layers", "0", "--output", free], "no directory"),
-        (["--target", "a b", "--layers", "0", "--output", free], "not a model name"),
+    for arguments, status, text in [
+        (["--target", target, "--layers", "0", "--output", target], 2, "not an empty directory"),
+        (["--target", target, "--num-layers", "4", "--output", free], 2, "out of range"),
+        (["--target", target, "--num-layers", "0", "--output", free], 2, "out of range"),
+        (["--target", target, "--output", free], 2, "either --layers"),
+        (["--target", target, "--layers", "0", "--num-layers", "1", "--output", free], 2, "either --layers"),
+        (["--target", str(tmp_path / "none"), "--layers", "0", "--output", free], 1, "no directory"),
+        (["--target", "a b", "--layers", "0", "--output", free], 1, "not a model name"),
     ]:
         code, _, err = run(*arguments)
-        assert code == 2
+        assert code == status
         assert text in err
         assert "Traceback" not in err
 

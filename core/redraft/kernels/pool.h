@@ -1,0 +1,29 @@
+/* What the kernels' files share: the thread pool, and the layout of rows that linear layers read.
+ *
+ * Every output row is computed by the same operations in the same order whatever else is in the batch, so a token's
+ * logits do not depend, not even in their last bit, on how many tokens are verified with it or who its neighbours are.
+ *
+ * x86-64 with AVX2 and FMA. Called from Python through ctypes; one call at a time (`pool_enter` takes a lock).
+ */
+#ifndef REDRAFT_POOL_H
+#define REDRAFT_POOL_H
+
+#define AVX2 __attribute__((target("avx2,fma")))
+#define INLINE static inline __attribute__((always_inline)) AVX2
+#define INTERNAL __attribute__((visibility("hidden")))
+
+enum { PANEL = 16, K_BLOCK = 256 };
+typedef void (*item_fn)(void *arg, long item);
+
+/* Wait for the pool; the caller has it to itself until `pool_leave`. Returns its number of threads. */
+INTERNAL int pool_enter(void);
+INTERNAL void pool_leave(void);
+/* Run function(arg, 0 .. num_items - 1); the caller has entered the pool. */
+INTERNAL void pool_run(item_fn function, void *arg, long num_items);
+
+/* Rows to take next when `left` remain: as few and as even blocks as possible. */
+static inline long next_rows(long left) { return left <= 6 ? left : left <= 8 ? 4 : left <= 10 ? 5 : 6; }
+/* x [m][k] with each block of rows transposed to [k][rows]; the caller has entered the pool. NULL: memory ran out. */
+INTERNAL const float *pack_rows(const float *x, long m, long k);
+
+#endif
