@@ -1,175 +1,205 @@
-"""The demo: a real server on the demo model, prompts streamed with and without speculation, and what it measured.
+"""The demo: one draft's life, on a real server and the demo model.
 
-    python -m scripts.demo --draft build/demo-draft --output build/demo.json
+    python -m scripts.demo --draft build/demo-draft --output build
 
-Starts `redraft-server` as a process of its own on free ports, talks to it through the public client, reads its
-`/metrics`, and stops it with SIGTERM. Plain and speculative rounds alternate, so that a machine that grows slower or
-faster during the demo treats both alike.
+An application asks for SQL; the server's draft is only a pruned copy of the target and guesses badly. Its traffic is
+distilled into a better draft, which passes the gate and goes into service while the server runs. Then another
+application comes, a bank's help desk: acceptance falls, the draft learns that too, and keeps what it knew.
+
+Every part is the product's own: `redraft-server`, its traffic log, `redraft-train run`, the registry, the canary.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import statistics
+import shutil
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
-from urllib.request import urlopen
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from redraft.registry.store import DraftRegistry
+from redraft.traffic.reader import TrafficReader
 from redraft_client.aio import AsyncClient
-from redraft_client.types import GenerationResult, Message
+from scripts.demo_client import Measurement, measure, send
+from scripts.demo_plot import plot
+from scripts.demo_traffic import DemoPrompt, Domain, prompts
 from scripts.server_process import ServerProcess
 
-MAX_NEW_TOKENS = 96
-ROUNDS = 2
-CONCURRENCY = 4
+NUM_TRAFFIC, NUM_EVALUATION = 130, 18
+PATIENCE_S = 180.0
 
-# Half open questions, half tasks that work on a given text, as applications send them.
-PROMPTS = (
-    "What is the capital of France, and what is it known for?",
-    "Write a short story about a dragon who learns to bake bread.",
-    "Give me three tips for sleeping better.",
-    "Explain in simple words why the sky is blue.",
-    "Correct the spelling and repeat the text: 'The comitee has recieved your aplication. The comitee will "
-    "anounce its desicion on your aplication next wendesday. Untill then, please do not contact the comitee.'",
-    "Add a docstring to every function and show the whole code again:\n\n"
-    "def area(width, height):\n    return width * height\n\n"
-    "def volume(width, height, depth):\n    return area(width, height) * depth\n",
-    "Turn this list into one JSON array of objects with the keys name and city: "
-    "Anna Berg, Oslo; Paul Klein, Vienna; Maria Rossi, Milan; Jean Dupont, Lyon.",
-    "Summarize: Speculative decoding lets a small draft model propose several tokens, which the large target model "
-    "then verifies in one forward pass. Accepted tokens cost one pass together instead of one pass each. The output "
-    "of speculative decoding follows the same distribution as the output of the target model alone.",
+# A demo's traffic is small, so everything decides on less than it would in production. k is fixed, so that acceptance
+# is comparable between stages; the default would not draft at all while that does not pay.
+SERVER = (
+    *("--model.target", "demo", "--speculation.proposer", "draft_model"),
+    *("--speculation.adaptive", "false", "--speculation.num_speculative_tokens", "3"),
+    *("--traffic_log.roll_seconds", "3", "--registry.poll_s", "1"),
+    *("--rollout.shadow_positions", "100", "--rollout.shadow_share", "1.0", "--rollout.canary_share", "0.5"),
+)
+TRAINING = (
+    *("--set", "distill.epochs=8", "--set", "distill.batch_tokens=768", "--set", "distill.learning_rate=0.0015"),
+    *("--set", "data.held_out_share=0.15", "--set", "data.min_new_tokens=1000"),
+    *("--set", "gate.min_positions=200", "--set", "gate.min_domain_positions=150"),
 )
 
 console = Console()
 
 
-@dataclass(frozen=True)
-class Round:
-    """One pass over all prompts."""
+@dataclass
+class Demo:
+    """The server that runs, where its files are, and what was measured so far."""
 
-    results: list[GenerationResult]
-    seconds: float
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(result.usage.completion_tokens for result in self.results)
+    client: AsyncClient
+    folder: Path
+    evaluation: dict[Domain, list[DemoPrompt]]
+    rows: list[Measurement] = field(default_factory=list)
 
     @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.seconds
+    def registry(self) -> Path:
+        return self.folder / "drafts"
+
+    @property
+    def traffic(self) -> Path:
+        return self.folder / "traffic"
+
+    async def serve(self, title: str, traffic: Sequence[DemoPrompt]) -> None:
+        """Send an application's traffic and wait until the log has it."""
+        wanted = self._num_logged() + len(traffic)
+        with _bar() as progress:
+            task = progress.add_task(title, total=len(traffic))
+            await send(self.client, traffic, on_done=lambda: progress.advance(task))
+        await _until(lambda: self._num_logged() >= wanted, "the traffic log did not get every record")
+
+    def retrain(self) -> str:
+        """One cycle of `redraft-train run`; the version that it published. Raises RuntimeError if it did not."""
+        command = [
+            *(sys.executable, "-m", "redraft_training", "run", "--target", "demo"),
+            *("--traffic", str(self.traffic), "--registry", str(self.registry)),
+            *("--work-dir", str(self.folder / "retraining"), "--set", f"draft={self.folder / 'first'}", *TRAINING),
+        ]
+        console.print(f"[bold]$ redraft-train {' '.join(command[3:])}[/]", highlight=False, soft_wrap=True)
+        status = subprocess.run(command, check=False).returncode
+        if status != 0:
+            raise RuntimeError(f"redraft-train run ended with {status}; its messages are above")
+        current = DraftRegistry(str(self.registry)).current()
+        assert current is not None
+        return current.version
+
+    async def wait_for(self, version: str, traffic: Sequence[DemoPrompt]) -> None:
+        """Keep traffic coming until the server has shadow-scored, tried and promoted a version."""
+        started = time.monotonic()
+        with console.status(f"The server tries {version}: shadow, canary, promotion ..."):
+            while (active := (await self.client.get_draft()).version) != version:
+                if time.monotonic() - started > PATIENCE_S:
+                    raise RuntimeError(f"{active} still serves, and not {version}")
+                await send(self.client, traffic, log=False)
+        console.print(f"[green]{version} serves[/] after {time.monotonic() - started:.0f} s, without a pause\n")
+
+    async def measure(self, stage: str, *domains: Domain) -> None:
+        version = (await self.client.get_draft()).version
+        for domain in domains:
+            with console.status(f"Measuring {domain} ..."):
+                row = await measure(self.client, stage, version, self.evaluation[domain])
+            self.rows.append(row)
+            console.print(
+                f"  {domain}: {row.acceptance_rate:.0%} of the drafted tokens accepted, "
+                f"{row.tokens_per_s:.0f} tokens/s ({row.tokens_per_s_plain:.0f} without speculation)\n",
+                highlight=False,
+            )
+
+    def _num_logged(self) -> int:
+        return sum(1 for _ in TrafficReader(str(self.traffic)).iter_records(on_problem=lambda _: None))
+
+
+async def story(demo: Demo) -> None:
+    """The stages, in order."""
+    sql, support = prompts("sql", "traffic", NUM_TRAFFIC), prompts("support", "traffic", NUM_TRAFFIC)
+    console.rule("1. An application asks for SQL; the draft is a pruned copy of the target")
+    await demo.serve("SQL traffic", sql)
+    await demo.measure("pruned draft", "sql", "support")
+    console.rule("2. The draft is distilled from that traffic and goes into service")
+    version = await asyncio.to_thread(demo.retrain)
+    await demo.wait_for(version, sql[:24])
+    await demo.measure("learnt sql", "sql")
+    console.rule("3. Another application comes: a bank's help desk")
+    await demo.serve("Help desk traffic", support)
+    await demo.measure("drift to support", "support")
+    console.rule("4. The draft learns that too, with replay of what it knew")
+    version = await asyncio.to_thread(demo.retrain)
+    await demo.wait_for(version, support[:24])
+    await demo.measure("learnt support", "support", "sql")
 
 
 def main(
-    draft: Annotated[Path, typer.Option(help="The draft's checkpoint directory (`make model` makes it).")],
-    output: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path("build/demo.json"),
+    draft: Annotated[Path, typer.Option(help="The pruned draft's checkpoint directory (`make model` makes it).")],
+    output: Annotated[Path, typer.Option(help="Folder for demo.json, demo.png and what the demo leaves.")],
 ) -> None:
-    """Serve the demo model, stream prompts, print acceptance and speed with and without speculation."""
-    flags = ["--model.target", "demo", "--model.draft", str(draft), "--speculation.proposer", "ngram+draft_model"]
-    console.print(f"[bold]Starting[/] redraft-server {' '.join(flags)}")
+    """Serve, distil, gate, hot-swap, drift, recover: about a quarter of an hour on two cores."""
+    folder = output / "demo"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(draft, folder / "first")
+    started = time.monotonic()
+    flags = [
+        *SERVER,
+        *("--model.draft", str(folder / "first"), "--registry.url", str(folder / "drafts")),
+        *("--traffic_log.url", str(folder / "traffic")),
+    ]
+    console.print(f"[bold]$ redraft-server {' '.join(flags)}[/]\n", highlight=False, soft_wrap=True)
     with ServerProcess(flags) as server:
-        console.print(f"Serving on {server.address}, metrics on http://{server.metrics_address}/metrics\n")
-        plain, speculative = asyncio.run(_run(server.address))
-        with urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as page:
-            metrics = [
-                line for line in page.read().decode().splitlines() if line.startswith("redraft_spec_decode_num_")
-            ]
-    console.print("The server has stopped.\n")
-    _show_texts(speculative[0])
-    figures = _figures(plain, speculative)
-    _show(figures, metrics, same=_texts(plain[0]) == _texts(speculative[0]))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(figures, indent=2) + "\n")
-    console.print(f"\nFigures written to {output}")
+        rows = asyncio.run(_run(server.address, folder))
+    _show(rows)
+    (output / "demo.json").write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n")
+    plot(rows, output / "demo.png")
+    console.print(
+        f"\n{output / 'demo.json'}, {output / 'demo.png'}; the reports of both cycles are in the registry, "
+        f"{folder / 'drafts'}. It took {(time.monotonic() - started) / 60:.0f} minutes."
+    )
 
 
-async def _run(address: str) -> tuple[list[Round], list[Round]]:
-    plain: list[Round] = []
-    speculative: list[Round] = []
-    with Progress(console=console) as progress:
-        task = progress.add_task("Streaming", total=(2 * ROUNDS + 1) * len(PROMPTS))
-
-        def advance() -> None:
-            progress.advance(task)
-
-        async with AsyncClient(address) as client:
-            await _round(client, False, advance)  # warms caches for both
-            for _ in range(ROUNDS):
-                plain.append(await _round(client, False, advance))
-                speculative.append(await _round(client, True, advance))
-    return plain, speculative
+async def _run(address: str, folder: Path) -> list[Measurement]:
+    domains: tuple[Domain, ...] = ("sql", "support")
+    async with AsyncClient(address) as client:
+        demo = Demo(client, folder, {name: prompts(name, "evaluation", NUM_EVALUATION) for name in domains})
+        await story(demo)
+        return demo.rows
 
 
-async def _round(client: AsyncClient, speculation: bool, advance: object) -> Round:
-    gate = asyncio.Semaphore(CONCURRENCY)
-
-    async def one(prompt: str) -> GenerationResult:
-        async with gate:
-            stream = client.stream(
-                [Message(role="user", content=prompt)],
-                temperature=0.0,
-                max_new_tokens=MAX_NEW_TOKENS,
-                speculation=speculation,
-            )
-            async for _ in stream:
-                pass
-            assert callable(advance)
-            advance()
-            return stream.result
-
-    started = time.perf_counter()
-    results = await asyncio.gather(*(one(prompt) for prompt in PROMPTS))
-    return Round(list(results), time.perf_counter() - started)
+async def _until(condition: object, failure: str) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(failure)
+        await asyncio.sleep(0.5)
 
 
-def _texts(one: Round) -> list[str]:
-    return [result.text for result in one.results]
+def _bar() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
-def _figures(plain: list[Round], speculative: list[Round]) -> dict[str, float | int]:
-    stats = [result.speculation for one in speculative for result in one.results]
-    drafted = sum(s.draft_tokens for s in stats)
-    accepted = sum(s.accepted_tokens for s in stats)
-    steps = sum(s.spec_steps for s in stats)
-    return {
-        "prompts": len(PROMPTS),
-        "tokens": sum(one.num_tokens for one in (*plain, *speculative)),
-        "acceptance_rate": round(accepted / drafted, 4) if drafted else 0.0,
-        "mean_acceptance_length": round(1 + accepted / steps, 4) if steps else 1.0,
-        "tokens_per_s_plain": round(statistics.median(one.tokens_per_s for one in plain), 2),
-        "tokens_per_s_speculative": round(statistics.median(one.tokens_per_s for one in speculative), 2),
-    }
-
-
-def _show_texts(one: Round) -> None:
-    for prompt, result in zip(PROMPTS, one.results, strict=True):
-        stats = result.speculation
-        console.print(f"[bold cyan]{prompt.splitlines()[0][:110]}[/]")
-        console.print(result.text.strip(), markup=False, highlight=False)
-        console.print(
-            f"[dim]{result.usage.completion_tokens} tokens, {stats.accepted_tokens} of {stats.draft_tokens} "
-            f"drafted tokens accepted[/]\n"
+def _show(rows: Sequence[Measurement]) -> None:
+    table = Table(title="One draft's life")
+    for name in ("stage", "domain", "draft", "alpha", "acceptance", "length", "tokens/s", "plain", "ratio"):
+        table.add_column(name, justify="left" if name in ("stage", "domain", "draft") else "right")
+    for row in rows:
+        table.add_row(
+            *(row.stage, row.domain, row.draft_version, f"{row.alpha:.2f}", f"{row.acceptance_rate:.2f}"),
+            *(f"{row.mean_acceptance_length:.2f}", f"{row.tokens_per_s:.0f}", f"{row.tokens_per_s_plain:.0f}"),
+            f"{row.tokens_per_s / row.tokens_per_s_plain:.2f}",
         )
-
-
-def _show(figures: dict[str, float | int], metrics: list[str], *, same: bool) -> None:
-    console.print("[bold]From /metrics[/]")
-    for line in metrics:
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-    table = Table(title="redraft demo", show_header=False)
-    for name, value in figures.items():
-        table.add_row(name, str(value))
-    table.add_row("ratio", f"{figures['tokens_per_s_speculative'] / figures['tokens_per_s_plain']:.2f}")
-    table.add_row("same text with and without speculation", "yes" if same else "NO")
     console.print(table)
+    same = all(row.same_text for row in rows)
+    console.print(f"Same text with and without speculation, at every stage: {'yes' if same else 'NO'}")
 
 
 if __name__ == "__main__":

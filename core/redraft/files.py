@@ -41,9 +41,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file that appears, or replaces another, whole or not at all. Raises OSError."""
+    """Write a file (readable by all) that appears, or replaces another, whole or not at all. Raises OSError."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
+        os.fchmod(descriptor, 0o644)
         with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()

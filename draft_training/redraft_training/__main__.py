@@ -1,17 +1,19 @@
-"""`redraft-train`: make and train drafts."""
+"""`redraft-train`: make, train, judge and publish drafts."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from redraft.errors import ConfigError, RedraftError
+from redraft_training.commands.cycle import loop, run
+from redraft_training.commands.data import dataset, settings
+from redraft_training.commands.evaluate import evaluate, publish, report
+from redraft_training.commands.init import init
+from redraft_training.commands.sweep import sweep
+from redraft_training.commands.train import distill
 
 app = typer.Typer(
     name="redraft-train",
-    help="Make the draft model that serves a target, and train it.",
+    help="Keep the draft model of a target sharp: learn from its traffic, judge, publish.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,53 +23,14 @@ app = typer.Typer(
 
 @app.callback()
 def _main() -> None:
-    """Make the draft model that serves a target, and train it."""
+    """Keep the draft model of a target sharp: learn from its traffic, judge, publish.
 
-
-@app.command()
-def init(
-    target: Annotated[str, typer.Option(help="The target: `demo`, a Hugging Face id, a directory or a .gguf file.")],
-    output: Annotated[Path, typer.Option(help="Directory to write; must be new or empty.")],
-    layers: Annotated[
-        str | None, typer.Option(help="Target layers to keep: 0-based, ascending, comma-separated.")
-    ] = None,
-    num_layers: Annotated[
-        int | None, typer.Option(help="How many to keep instead, evenly spaced from first to last.")
-    ] = None,
-) -> None:
-    """Make a first draft by keeping only some of the target's layers.
-
-    The draft keeps the target's embedding, head and tokenizer. It is the starting point of distillation: until
-    it is trained, few of its proposals are accepted.
-
-    Example, 4 of the demo model's 30 layers:
-
-        redraft-train init --target demo --layers 0,10,20,29 --output drafts/first
-
-    or, evenly spaced:
-
-        redraft-train init --target demo --num-layers 4 --output drafts/first
+    `run` is the whole cycle for a scheduler, `loop` the same without one. The others are its parts.
     """
-    try:
-        if (layers is None) == (num_layers is None):
-            raise ConfigError("give either --layers (such as 0,10,20,29) or --num-layers (such as 4)")
-        chosen = None if layers is None else _parse_layers(layers)
-        # Here, since torch takes seconds to import and --help should not
-        from redraft.models.ref import ModelRef
-        from redraft_training.student.prune import init_draft
-
-        kept = init_draft(ModelRef.parse(target), output, layers=chosen, num_layers=num_layers)
-    except RedraftError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(f"{output}: a draft of layers {', '.join(map(str, kept))}")
 
 
-def _parse_layers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--layers {text!r}: expected numbers such as 0,10,20,29") from None
+for command in (init, run, loop, dataset, distill, evaluate, publish, report, sweep, settings):
+    app.command()(command)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
@@ -26,6 +27,12 @@ from redraft_server.rpc.model_service import ModelServicer
 from redraft_server.rpc.text import TextService, TextTokenizer
 from redraft_server.rpc.tokenizer_service import TokenizerServicer
 from redraft_server.traffic_log import TrafficLog
+
+if TYPE_CHECKING:  # it brings torch
+    from redraft_server.rollout.manager import Rollout
+
+ROLLOUT_STOP_S = 5.0
+"""Longest wait for a draft that is just being loaded."""
 
 _END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -52,6 +59,7 @@ class App:
         metrics: ServerMetrics,
         registry: CollectorRegistry,
         traffic_log: TrafficLog | None = None,
+        rollout: Rollout | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -60,6 +68,7 @@ class App:
         self._metrics = metrics
         self._registry = registry
         self._traffic_log = traffic_log
+        self._rollout = rollout
         self._text = TextService(engine.tokenizer)
         self._health = lifecycle.HealthReporter(engine)
         self._rpcs = RpcInterceptor(metrics)
@@ -83,6 +92,8 @@ class App:
     async def drain(self, hurry: asyncio.Event | None = None) -> None:
         """End gracefully, see `lifecycle.drain`. Setting `hurry` ends the waiting."""
         self._draining = True
+        if self._rollout is not None:  # no new draft any more; those in service serve to the end
+            await asyncio.to_thread(self._rollout.stop, ROLLOUT_STOP_S)
         await lifecycle.drain(
             self._server, self.engine, self._health, self._rpcs, self.config.drain, hurry or asyncio.Event()
         )
@@ -94,7 +105,7 @@ class App:
         tokenizer = TokenizerServicer(engine, self._text)
         tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(tokenizer, server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(engine, self._text), server)
-        draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(engine), server)
+        draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(engine, self._rollout), server)
         lifecycle.add_reflection(server)
         await self._health.start(server)
         port = lifecycle.bind(server, config.grpc)
@@ -105,6 +116,8 @@ class App:
         await server.start()
         if self._traffic_log is not None:
             self._traffic_log.start_retention()
+        if self._rollout is not None:
+            self._rollout.start()
 
     def _start_exporter(self) -> MetricsExporter:
         config = self.config.metrics
@@ -123,6 +136,8 @@ class App:
     async def _end(self) -> None:
         """Stop whatever is still up. Harmless after `drain`."""
         self._draining = True
+        if self._rollout is not None:
+            await asyncio.to_thread(self._rollout.stop, ROLLOUT_STOP_S)
         await asyncio.to_thread(self.engine.stop, 1.0)
         await self._server.stop(None)
         if self._traffic_log is not None:
@@ -143,13 +158,20 @@ def build(config: ServerConfig) -> App:
     from redraft.models.ref import ModelRef
     from redraft.models.source import resolve_source
     from redraft_server.engine.build import build_engine
+    from redraft_server.rollout.start import DraftSupply, configured_draft
 
     target = resolve_source(ModelRef.parse(config.model.target), cache_dir=config.model.cache_dir)
     registry, metrics = _create_metrics(config, target.name)
     url = config.traffic_log.url
     traffic_log = None if url is None else TrafficLog(url, config.traffic_log, metrics)
-    engine = build_engine(config, metrics, None if traffic_log is None else traffic_log.writer)
-    return App(config, engine, metrics, registry, traffic_log)
+    writer = None if traffic_log is None else traffic_log.writer
+    if config.registry.url is None:
+        built = build_engine(config, metrics, writer, first_draft=partial(configured_draft, config))
+        return App(config, built.engine, metrics, registry, traffic_log)
+    supply = DraftSupply(config, metrics)
+    built = build_engine(config, metrics, writer, first_draft=supply.first, monitor=supply.monitor)
+    rollout = supply.rollout(built.engine, built.host, built.draft)
+    return App(config, built.engine, metrics, registry, traffic_log, rollout)
 
 
 async def serve(app: App, on_started: Callable[[App], None]) -> None:

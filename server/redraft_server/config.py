@@ -60,7 +60,7 @@ class SpeculationConfig(_Group):
 
     proposer: ProposerName = "ngram"
     """none, ngram (look the tail up in the request's own tokens), draft_model, or ngram+draft_model (ngram where
-    it matches, else the draft). Default: draft_model if model.draft is set, else ngram."""
+    it matches, else the draft). Default: draft_model if model.draft or registry.url is set, else ngram."""
     num_speculative_tokens: int = Field(default=4, ge=0, le=64)
     """Most tokens proposed per step and sequence (k). 0: no speculation."""
     adaptive: bool = True
@@ -128,6 +128,36 @@ class TrafficLogConfig(_Group):
     """Age at which shards are deleted. null: never."""
 
 
+class RegistryConfig(_Group):
+    """Where new drafts come from. Off unless url is set; then the server starts with the registry's current draft."""
+
+    url: str | None = Field(default=None, min_length=1)
+    """Directory or fsspec URL (s3://bucket/prefix) of the draft registry. Unset: model.draft serves for good."""
+    poll_s: float = Field(default=10.0, gt=0.0, allow_inf_nan=False)
+    """Time between two looks at it. More while it cannot be read; the drafts in memory serve on."""
+
+
+class RolloutConfig(_Group):
+    """How a new draft gets from the registry into service: shadow, canary, then all requests, or back out."""
+
+    shadow_positions: int = Field(default=500, ge=0)
+    """Verified positions that a new draft is scored at before it serves anybody. 0: no shadow."""
+    shadow_share: Fraction = 0.25
+    """Fraction of requests that may be followed for it; scoring takes at most a tenth of the engine's time."""
+    canary_share: Fraction = 0.1
+    """Fraction of requests that it then drafts for, beside the active draft. 0: no canary."""
+    canary_max_s: float = Field(default=3600.0, gt=0.0, allow_inf_nan=False)
+    """Time after which the means decide if the test has not."""
+    level: float = Field(default=0.05, gt=0.0, lt=0.5)
+    """Probability that a draft as good as the active one is rolled back as worse."""
+    margin: Fraction = 0.02
+    """Expected acceptance that a draft may be below the active one and still count as good as it."""
+    promise_margin: Fraction = 0.1
+    """Expected acceptance that it may be below what its manifest promises, or in the shadow below the active one."""
+    max_resident_drafts: int = Field(default=3, ge=2, le=16)
+    """Drafts in memory, each with KV of its own: active, candidate, and the previous one for a quick roll-back."""
+
+
 class LimitsConfig(_Group):
     """What one request may ask for."""
 
@@ -170,14 +200,17 @@ class ServerConfig(_Group):
     grpc: GrpcConfig = GrpcConfig()
     metrics: MetricsConfig = MetricsConfig()
     traffic_log: TrafficLogConfig = TrafficLogConfig()
+    registry: RegistryConfig = RegistryConfig()
+    rollout: RolloutConfig = RolloutConfig()
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
     drain: DrainConfig = DrainConfig()
 
     @model_validator(mode="after")
     def _choose_proposer(self) -> Self:
-        """Giving a draft is asking for it, so that the common case needs one flag."""
-        if self.model.draft is not None and "proposer" not in self.speculation.model_fields_set:
+        """Giving a draft, or a registry, is asking for it, so that the common case needs one flag."""
+        gives_drafts = self.model.draft is not None or self.registry.url is not None
+        if gives_drafts and "proposer" not in self.speculation.model_fields_set:
             chosen = self.speculation.model_copy(update={"proposer": "draft_model"})
             object.__setattr__(self, "speculation", chosen)
         return self
@@ -185,11 +218,13 @@ class ServerConfig(_Group):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         uses_draft = "draft_model" in self.speculation.proposer
-        if uses_draft and self.model.draft is None:
-            raise ValueError(f"speculation.proposer is {self.speculation.proposer}, which needs model.draft")
-        if self.model.draft is not None and not uses_draft:
+        if uses_draft and self.model.draft is None and self.registry.url is None:
+            needs = "model.draft or registry.url"
+            raise ValueError(f"speculation.proposer is {self.speculation.proposer}, which needs {needs}")
+        given = "model.draft" if self.model.draft is not None else "registry.url"
+        if (self.model.draft is not None or self.registry.url is not None) and not uses_draft:
             raise ValueError(
-                f"model.draft is set but speculation.proposer is {self.speculation.proposer}, which would not use it: "
+                f"{given} is set but speculation.proposer is {self.speculation.proposer}, which would not use it: "
                 "remove one of the two"
             )
         if self.speculation.ngram_min > self.speculation.ngram_max:

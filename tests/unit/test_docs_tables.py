@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from redraft.telemetry.metrics import ServerMetrics
-from redraft.telemetry.observations import RequestObservation, SequenceStep, StepObservation
+from redraft.telemetry.observations import DraftDescription, RequestObservation, SequenceStep, StepObservation
 from redraft.traffic.record import ARROW_SCHEMA
 from redraft.traffic.writer import DROP_REASONS
 from scripts.config_docs import PAGE, render
@@ -48,6 +48,8 @@ def exported_families() -> dict[str, tuple[str, frozenset[str]]]:
     metrics.observe_traffic_records("written", 1)
     metrics.observe_traffic_dropped("queue_full", 1)
     metrics.observe_traffic_flush(1, 1.0, 1.0)
+    metrics.rollout.set_drafts({"d": DraftDescription("active", 1.0, 1.0, 0.5, 0.4)})
+    metrics.rollout.observe_shadow("d", 0.5, 1)
     found: dict[str, tuple[str, frozenset[str]]] = {}
     for family in registry.collect():
         samples = [sample for sample in family.samples if not sample.name.endswith("_created")]

@@ -14,7 +14,7 @@ from redraft_client.errors import FieldViolation, InvalidArgumentError, Protocol
 _SAMPLING = frozenset(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 _STOPPING = frozenset(pb.StoppingParams.DESCRIPTOR.fields_by_name)
 _OUTPUT = frozenset(pb.OutputOptions.DESCRIPTOR.fields_by_name)
-_GENERATION = frozenset(("request_id", "model", "exclude_from_traffic_log"))
+_GENERATION = frozenset(("request_id", "model", "exclude_from_traffic_log", "domain"))
 _COUPLINGS = {
     t.Coupling.MAXIMAL: pb.COUPLING_MAXIMAL,
     t.Coupling.DRAFTER_INVARIANT: pb.COUPLING_DRAFTER_INVARIANT,

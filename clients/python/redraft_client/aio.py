@@ -98,13 +98,14 @@ class AsyncClient:
         *,
         tls: Tls | None = None,
         api_key: str | None = None,
+        tenant: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         channel: grpc.aio.Channel | None = None,
     ) -> None:
         self._own_channel = open_aio_channel(address, tls) if channel is None else None
         connected = channel or self._own_channel
         assert connected is not None
-        self._metadata = call_metadata(api_key)
+        self._metadata = call_metadata(api_key, tenant)
         self._timeout = timeout
         self._generation = GenerationServiceStub(connected)
         self._tokenizer = TokenizerServiceStub(connected)

@@ -97,6 +97,7 @@ def open_aio_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(address, tls.credentials(), options)
 
 
-def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+def call_metadata(api_key: str | None, tenant: str | None = None) -> tuple[tuple[str, str], ...]:
     """Metadata of each call. The key travels in clear unless the channel has TLS."""
-    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+    pairs = (("authorization", api_key and f"Bearer {api_key}"), ("x-redraft-tenant", tenant))
+    return tuple((key, value) for key, value in pairs if value)

@@ -43,6 +43,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Use the model's chat template, or the plain text")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON at the end")] = False,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text while it comes")] = True,
+    domain: Annotated[str | None, typer.Option(help="What kind of traffic this is, for the traffic log")] = None,
     draft_tokens: Annotated[int | None, typer.Option(min=0, help="Most drafted tokens per verify step")] = None,
     speculation: Annotated[bool, typer.Option("--speculation/--no-speculation", help="Let the draft help")] = True,
 ) -> None:
@@ -56,6 +57,7 @@ def generate(
         seed=seed,
         stop_sequences=stop,
         max_draft_tokens=draft_tokens,
+        domain=domain,
         speculation=None if speculation else False,
     )
     if as_json:

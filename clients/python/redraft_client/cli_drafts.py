@@ -49,7 +49,7 @@ def activate_command(
 @drafts_app.command("rollback")
 @connected
 def rollback_command(client: Client, expected_active: _ExpectedActive = "") -> None:
-    """Let the previous draft serve again."""
+    """Withdraw the draft being tried, or the active one; what served before serves again."""
     _print_swap(client.rollback_draft(expected_active=expected_active))
 
 
@@ -59,7 +59,7 @@ def split_command(
     client: Client,
     shares: Annotated[list[str], typer.Argument(help="VERSION=SHARE, shares 0 to 1 that add up to 1")],
 ) -> None:
-    """Share the traffic between drafts, for example: split v7=0.95 v8=0.05."""
+    """Share the traffic between drafts until one is activated, for example: split v7=0.95 v8=0.05."""
     _print_drafts(client.set_traffic_split(dict(_parse_share(share) for share in shares)))
 
 
@@ -72,7 +72,7 @@ def _parse_share(text: str) -> tuple[str, float]:
 
 
 def _print_drafts(drafts: tuple[Draft, ...]) -> None:
-    table = Table("version", "state", "share", "expected", "realised", "created")
+    table = Table("version", "state", "share", "expected", "realised", "drafted tokens", "created", "reason")
     for draft in drafts:
         facts = _facts(draft)
         table.add_row(
@@ -84,7 +84,9 @@ def _print_drafts(drafts: tuple[Draft, ...]) -> None:
                     "share",
                     "expected acceptance",
                     "realised acceptance",
+                    "drafted tokens",
                     "created",
+                    "reason",
                 )
             )
         )
@@ -93,7 +95,7 @@ def _print_drafts(drafts: tuple[Draft, ...]) -> None:
 
 def _print_swap(swap: DraftSwap) -> None:
     before = swap.previous.version if swap.previous else "none"
-    out_console().print(f"active: {swap.active.version} (before: {before})")
+    out_console().print(f"active: {swap.active.version or 'none'} (before: {before})")
 
 
 def _facts(draft: Draft) -> dict[str, str]:
@@ -101,7 +103,7 @@ def _facts(draft: Draft) -> dict[str, str]:
         "version": draft.version,
         "parent": draft.parent_version or "-",
         "state": draft.state.value,
-        "refusal reason": draft.refusal_reason or "-",
+        "reason": draft.refusal_reason or "-",
         "share": f"{draft.share:.1%}",
         "expected acceptance": _ratio(draft.expected_acceptance),
         "realised acceptance": _ratio(draft.realised_acceptance),

@@ -99,6 +99,7 @@ def _connection_options(
         str, typer.Option("--address", "-a", envvar="REDRAFT_ADDRESS", help="host:port of the server")
     ] = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(min=0.001, help="Deadline of the call in seconds")] = DEFAULT_TIMEOUT,
+    tenant: Annotated[str | None, typer.Option(envvar="REDRAFT_TENANT", help="Whom the calls are made for")] = None,
     tls: Annotated[bool, typer.Option("--tls", help="Connect with TLS")] = False,
     tls_ca: Annotated[
         Path | None,
@@ -116,6 +117,7 @@ def _connection_options(
         tls=_tls(tls, tls_ca, tls_cert, tls_key),
         # Only from the environment: a flag would show the key in the process list.
         api_key=os.environ.get(API_KEY_VARIABLE),
+        tenant=tenant,
         timeout=timeout,
     )
 

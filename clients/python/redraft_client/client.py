@@ -82,7 +82,8 @@ class Client:
     """Calls a redraft server.
 
     address: `host:port`, or `dns:///name:port` to spread calls over all addresses of a name.
-    tls: None connects in clear. api_key: sent as bearer token. timeout: deadline in seconds of calls that
+    tls: None connects in clear. api_key: sent as bearer token. tenant: whom the calls are made for; the server
+    is fair between tenants and keeps the name in its traffic log. timeout: deadline in seconds of calls that
     give none; None waits for ever. channel: use this channel instead of opening one (it stays the caller's
     to close); address and tls are then unused.
 
@@ -95,13 +96,14 @@ class Client:
         *,
         tls: Tls | None = None,
         api_key: str | None = None,
+        tenant: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         channel: grpc.Channel | None = None,
     ) -> None:
         self._own_channel = open_channel(address, tls) if channel is None else None
         connected = channel or self._own_channel
         assert connected is not None
-        self._metadata = call_metadata(api_key)
+        self._metadata = call_metadata(api_key, tenant)
         self._timeout = timeout
         self._generation = GenerationServiceStub(connected)
         self._tokenizer = TokenizerServiceStub(connected)

@@ -66,6 +66,7 @@ class GenerateParams(TypedDict, total=False):
     speculation: bool | None
     max_draft_tokens: int | None
     exclude_from_traffic_log: bool | None
+    domain: str | None
 
 
 class FinishReason(enum.StrEnum):
@@ -282,6 +283,7 @@ class DraftState(enum.StrEnum):
     PREVIOUS = "previous"
     REFUSED = "refused"
     RETIRED = "retired"
+    ROLLED_BACK = "rolled_back"
     UNKNOWN = "unknown"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 
 from redraft.models.runner import Chunk, ModelRunner
 
@@ -42,17 +43,24 @@ class StepCost:
         return self._seconds[low] * (1 - share) + self._seconds[high] * share
 
 
-def measure_cost(runner: ModelRunner) -> StepCost:
-    """Touch every weight and measure a pass by its number of tokens, all with logits. Writes to the first blocks."""
+def measure_cost(
+    runner: ModelRunner, run: Callable[[Callable[[], float]], float] = lambda timed_pass: timed_pass()
+) -> StepCost:
+    """Touch every weight and measure a pass by its number of tokens, all with logits. Writes to the first blocks.
+
+    `run` says where a pass is run: here, or between the steps of an engine that is at work.
+    """
     cost = StepCost()
     block_ids = range(min(runner.num_blocks, -(-max(_WARM_UP_SIZES) // runner.block_size)))
     for size in _WARM_UP_SIZES:
         if size > len(block_ids) * runner.block_size:
             break
-        seconds = []
-        for _ in range(_WARM_UP_REPEATS):
-            started = time.perf_counter()
-            runner.forward([Chunk([0] * size, 0, block_ids, size)]).sum().item()
-            seconds.append(time.perf_counter() - started)
-        cost.observe(size, min(seconds))
+        chunk = Chunk([0] * size, 0, block_ids, size)
+        cost.observe(size, min(run(lambda chunk=chunk: _timed(runner, chunk)) for _ in range(_WARM_UP_REPEATS)))  # type: ignore[misc]
     return cost
+
+
+def _timed(runner: ModelRunner, chunk: Chunk) -> float:
+    started = time.perf_counter()
+    runner.forward([chunk]).sum().item()
+    return time.perf_counter() - started

@@ -23,11 +23,13 @@ class DraftModelProposer:
 
     The draft's KV is filled when it is needed, never on a schedule of its own: whatever is missing before a proposal
     (a prompt, a prefix whose draft half was lost, the tokens of a time without speculation, everything after a swap)
-    is caught up in one ragged pass, at most `max_catch_up` tokens a step so that no step grows long.
+    is caught up in one ragged pass, at most `max_catch_up` tokens a step so that no step grows long. Of what a change
+    of draft has cost, at most `max_rebuild` tokens: it hits all running sequences at once, none of which is new.
 
     Args:
         runner: the draft.
         version: goes into every proposal.
+        max_rebuild: None: as `max_catch_up`.
         epoch: changes with every draft put into service; KV of another epoch counts as missing.
         length: chooses how many tokens to draft; None: as many as allowed.
     """
@@ -41,12 +43,14 @@ class DraftModelProposer:
         version: str,
         epoch: int = 0,
         max_catch_up: int = 512,
+        max_rebuild: int | None = None,
         length: LengthController | None = None,
     ) -> None:
         self.runner = runner
         self.version = version
         self.epoch = epoch
         self.max_catch_up = max_catch_up
+        self.max_rebuild = max_catch_up if max_rebuild is None else max_rebuild
         self.length = length
 
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
@@ -105,25 +109,27 @@ class DraftModelProposer:
         """Indices of the sequences that can draft in this step; ingests part of what others lack."""
         ready: list[int] = []
         chunks: list[Chunk] = []
-        budget = self.max_catch_up
+        budget, rebuild_budget = self.max_catch_up, self.max_rebuild
         asked = [index for index, limit in enumerate(limits) if limit > 0]
         for state in (states[index] for index in asked):
             if state.draft_epoch != self.epoch:
                 state.num_draft_computed, state.draft_epoch = 0, self.epoch
                 state.num_draft_marked_blocks = 0  # they are marked as another draft's
+                state.draft_rebuild_end = len(state.token_ids)
         # the least behind first, so that one long prompt does not keep everybody else from drafting
         for index in sorted(asked, key=lambda i: _num_missing(states[i])):
             state = states[index]
             missing = _num_missing(state)
-            if missing <= budget:
+            rebuilds = state.num_draft_computed < state.draft_rebuild_end
+            taken = min(missing, budget, rebuild_budget) if rebuilds else min(missing, budget)
+            budget -= taken
+            rebuild_budget -= taken if rebuilds else 0
+            if taken == missing:
                 ready.append(index)
-                budget -= missing
-                continue
-            if budget > 0:
+            elif taken > 0:
                 start = state.num_draft_computed
-                chunks.append(Chunk(state.token_ids[start : start + budget], start, state.block_ids, 0))
-                state.num_draft_computed += budget
-                budget = 0
+                chunks.append(Chunk(state.token_ids[start : start + taken], start, state.block_ids, 0))
+                state.num_draft_computed += taken
         if chunks:
             self.runner.forward(chunks)
         return ready

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, Proposer, SequenceProposal
+from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, shifted
 from redraft.speculation.state import SequenceState
 
 
@@ -28,7 +28,7 @@ class FallbackProposer:
             part = proposer.propose([states[i] for i in open_indices], [limits[i] for i in open_indices])
             for index, proposal in zip(open_indices, part.sequences, strict=True):
                 if proposal.token_ids:
-                    chosen[index] = _shift(proposal, num_rows)
+                    chosen[index] = shifted(proposal, num_rows)
             if len(part.probs):  # a proposer without a model says nothing about the device
                 probs.append(part.probs)
                 num_rows += len(part.probs)
@@ -37,9 +37,3 @@ class FallbackProposer:
 
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
         self.proposers[proposal.proposer].settle(state, num_accepted, proposal)
-
-
-def _shift(proposal: SequenceProposal, offset: int) -> SequenceProposal:
-    """The same proposal with its rows moved by `offset`."""
-    rows = tuple(row if row == CERTAIN else row + offset for row in proposal.prob_rows)
-    return SequenceProposal(proposal.token_ids, rows, proposal.proposer, proposal.draft_version)

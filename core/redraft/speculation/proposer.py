@@ -31,6 +31,14 @@ class SequenceProposal:
 NOTHING = SequenceProposal()
 
 
+def shifted(proposal: SequenceProposal, offset: int) -> SequenceProposal:
+    """The same proposal with its rows moved by `offset`, for when several are put together."""
+    if offset == 0:
+        return proposal
+    rows = tuple(row if row == CERTAIN else row + offset for row in proposal.prob_rows)
+    return SequenceProposal(proposal.token_ids, rows, proposal.proposer, proposal.draft_version)
+
+
 @dataclass(frozen=True, slots=True)
 class Proposal:
     sequences: tuple[SequenceProposal, ...]

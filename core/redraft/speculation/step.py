@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -86,6 +87,30 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Verified:
+    """What verification said of one sequence's newest tokens, for who wants to score another draft on them.
+
+    Attributes:
+        state: after the step; its last `len(probs)` tokens are the emitted ones.
+        probs: p of every emitted token, at the request's own sampling parameters, [emitted, vocab_size] float32. Only
+            lent: valid during the call.
+        proposal, expected_acceptance: what served, and its Σ_v min(p, q) at the first positions of `probs`.
+    """
+
+    state: SequenceState
+    probs: Tensor
+    proposal: SequenceProposal
+    expected_acceptance: tuple[float, ...]
+
+
+class StepObserver(Protocol):
+    """Looks at verified positions. It must not change a state."""
+
+    def observe(self, verified: Sequence[Verified]) -> None:
+        """Called once at the end of a step that emitted anything."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Accepted:
     """Verdict of one sequence, on the host."""
 
@@ -93,10 +118,13 @@ class _Accepted:
     final_token: int
     expected: tuple[float, ...]
     finite: bool  # every row the verdict rests on
+    probs: Tensor  # of the emitted tokens, [num_accepted + 1, vocab_size]
 
 
 @torch.inference_mode()
-def speculative_step(work: Sequence[Work], target: ModelRunner, proposer: Proposer | None) -> StepResult:
+def speculative_step(
+    work: Sequence[Work], target: ModelRunner, proposer: Proposer | None, observer: StepObserver | None = None
+) -> StepResult:
     """Advance every sequence by one step and update its state (tokens appended, KV reach moved)."""
     states = [w.state for w in work]
     started = time.perf_counter()
@@ -112,6 +140,7 @@ def speculative_step(work: Sequence[Work], target: ModelRunner, proposer: Propos
     accepted = _accept(work, proposal, rows)
 
     outputs: list[StepOutput] = []
+    verified_now: list[Verified] = []
     for w, p, own_rows, verdict in zip(work, proposal.sequences, rows, accepted, strict=True):
         prompt_scores = _prompt_logprobs(w, own_rows)
         if verdict is None:
@@ -138,7 +167,10 @@ def speculative_step(work: Sequence[Work], target: ModelRunner, proposer: Propos
             proposer.settle(w.state, verdict.num_accepted, p)
         w.state.num_computed = len(w.state.token_ids) + verdict.num_accepted
         w.state.token_ids.extend(emitted)
+        verified_now.append(Verified(w.state, verdict.probs, p, verdict.expected))
     finished = time.perf_counter()
+    if observer is not None and verified_now:
+        observer.observe(verified_now)
     num_target_tokens = sum(len(chunk.token_ids) for chunk in chunks)
     return StepResult(tuple(outputs), proposed - started, finished - proposed, num_target_tokens)
 
@@ -200,6 +232,7 @@ def _accept(work: Sequence[Work], proposal: Proposal, rows: Sequence[Tensor]) ->
                 token,
                 tuple(alphas[draft_start : draft_start + reached]),
                 all(finite[row_start : row_start + count + 1]),
+                probs[row_start : row_start + count + 1],
             )
             draft_start += len(d)
             row_start += len(d) + 1

@@ -47,6 +47,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from redraft.telemetry.draft_metrics import STEP_SECONDS_BUCKETS, DraftMetrics
 from redraft.telemetry.observations import RequestObservation, StepObservation
+from redraft.telemetry.rollout_metrics import RolloutMetrics
 
 SKIP_REASONS = ("disabled", "no_draft")
 """Why a sequence decoded without a draft. Others may be reported; these are on the page from the start."""
@@ -79,6 +80,8 @@ class ServerMetrics:
         self._requests = _RequestMetrics(registry, model)
         self._traffic = _TrafficMetrics(registry)
         self._rpcs = _RpcMetrics(registry)
+        self.rollout = RolloutMetrics(registry, model)
+        """Of the rollout of drafts."""
 
     def observe_step(self, step: StepObservation) -> None:
         """Count one engine step. A sequence with no drafted token is no draft (vLLM counts likewise)."""
@@ -100,6 +103,7 @@ class ServerMetrics:
     def forget_draft(self, version: str) -> None:
         """Drop all series of a draft version that has long been retired."""
         self._drafts.forget(version)
+        self.rollout.forget(version)
 
     def observe_request_finished(self, request: RequestObservation) -> None:
         """Count one request at its end, including one that was refused at admission."""

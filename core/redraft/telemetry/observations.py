@@ -51,6 +51,22 @@ class StepObservation:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftDescription:
+    """A draft in memory, as the rollout knows it."""
+
+    role: str
+    """`active`, `candidate` (loaded, serves nobody), `canary`, `previous`, or `leaving`."""
+    share: float
+    """Of new requests, 0 to 1."""
+    created_unix_s: float | None = None
+    """When it was made; None for a draft that no registry knows, as are the next two."""
+    promised: float | None = None
+    """Expected acceptance measured before it was published."""
+    baseline: float | None = None
+    """That of the draft it was compared with."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestObservation:
     """One request that reached its end, successfully or not.
 

@@ -20,6 +20,7 @@ class DraftState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DRAFT_STATE_PREVIOUS: _ClassVar[DraftState]
     DRAFT_STATE_REFUSED: _ClassVar[DraftState]
     DRAFT_STATE_RETIRED: _ClassVar[DraftState]
+    DRAFT_STATE_ROLLED_BACK: _ClassVar[DraftState]
 DRAFT_STATE_UNSPECIFIED: DraftState
 DRAFT_STATE_CANDIDATE: DraftState
 DRAFT_STATE_SHADOW: DraftState
@@ -28,6 +29,7 @@ DRAFT_STATE_ACTIVE: DraftState
 DRAFT_STATE_PREVIOUS: DraftState
 DRAFT_STATE_REFUSED: DraftState
 DRAFT_STATE_RETIRED: DraftState
+DRAFT_STATE_ROLLED_BACK: DraftState
 
 class Draft(_message.Message):
     __slots__ = ("version", "parent_version", "state", "target_fingerprint", "tokenizer_fingerprint", "create_time", "expected_acceptance", "realised_acceptance", "draft_tokens", "share", "refusal_reason")

@@ -85,21 +85,26 @@ class DraftServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ActivateDraft(self, request, context):
-        """Makes a draft the active one, with all traffic. FAILED_PRECONDITION if it does not fit the target.
+        """Makes a draft the active one, with all traffic and without a canary. FAILED_PRECONDITION if it does not fit
+        the target, was refused or rolled back, or the registry is pinned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollbackDraft(self, request, context):
-        """Makes the previous draft active again. FAILED_PRECONDITION if there is none.
+        """Withdraws the newest change: the draft that is being tried (shadow or canary), if there is one, else the
+        active one, so that the previous draft is active again. FAILED_PRECONDITION if there is none. What is rolled
+        back is never tried again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetTrafficSplit(self, request, context):
-        """Shares traffic between the active draft and canaries. Replaces the split that was.
+        """Shares traffic between drafts, on this server. Replaces the split that was, and holds until a draft is
+        activated or rolled back: meanwhile the server changes nothing by itself. The active draft stays the active
+        one if it has a share, else the draft with the largest share becomes it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,11 +41,19 @@ class DraftServiceStub:
     GetDraft: _grpc.UnaryUnaryMultiCallable[_draft_pb2.GetDraftRequest, _draft_pb2.GetDraftResponse]
     """Describes one draft. NOT_FOUND if there is none of this version."""
     ActivateDraft: _grpc.UnaryUnaryMultiCallable[_draft_pb2.ActivateDraftRequest, _draft_pb2.ActivateDraftResponse]
-    """Makes a draft the active one, with all traffic. FAILED_PRECONDITION if it does not fit the target."""
+    """Makes a draft the active one, with all traffic and without a canary. FAILED_PRECONDITION if it does not fit
+    the target, was refused or rolled back, or the registry is pinned.
+    """
     RollbackDraft: _grpc.UnaryUnaryMultiCallable[_draft_pb2.RollbackDraftRequest, _draft_pb2.RollbackDraftResponse]
-    """Makes the previous draft active again. FAILED_PRECONDITION if there is none."""
+    """Withdraws the newest change: the draft that is being tried (shadow or canary), if there is one, else the
+    active one, so that the previous draft is active again. FAILED_PRECONDITION if there is none. What is rolled
+    back is never tried again.
+    """
     SetTrafficSplit: _grpc.UnaryUnaryMultiCallable[_draft_pb2.SetTrafficSplitRequest, _draft_pb2.SetTrafficSplitResponse]
-    """Shares traffic between the active draft and canaries. Replaces the split that was."""
+    """Shares traffic between drafts, on this server. Replaces the split that was, and holds until a draft is
+    activated or rolled back: meanwhile the server changes nothing by itself. The active draft stays the active
+    one if it has a share, else the draft with the largest share becomes it.
+    """
 
 @_typing.type_check_only
 class DraftServiceAsyncStub(DraftServiceStub):
@@ -60,11 +68,19 @@ class DraftServiceAsyncStub(DraftServiceStub):
     GetDraft: _aio.UnaryUnaryMultiCallable[_draft_pb2.GetDraftRequest, _draft_pb2.GetDraftResponse]  # type: ignore[assignment]
     """Describes one draft. NOT_FOUND if there is none of this version."""
     ActivateDraft: _aio.UnaryUnaryMultiCallable[_draft_pb2.ActivateDraftRequest, _draft_pb2.ActivateDraftResponse]  # type: ignore[assignment]
-    """Makes a draft the active one, with all traffic. FAILED_PRECONDITION if it does not fit the target."""
+    """Makes a draft the active one, with all traffic and without a canary. FAILED_PRECONDITION if it does not fit
+    the target, was refused or rolled back, or the registry is pinned.
+    """
     RollbackDraft: _aio.UnaryUnaryMultiCallable[_draft_pb2.RollbackDraftRequest, _draft_pb2.RollbackDraftResponse]  # type: ignore[assignment]
-    """Makes the previous draft active again. FAILED_PRECONDITION if there is none."""
+    """Withdraws the newest change: the draft that is being tried (shadow or canary), if there is one, else the
+    active one, so that the previous draft is active again. FAILED_PRECONDITION if there is none. What is rolled
+    back is never tried again.
+    """
     SetTrafficSplit: _aio.UnaryUnaryMultiCallable[_draft_pb2.SetTrafficSplitRequest, _draft_pb2.SetTrafficSplitResponse]  # type: ignore[assignment]
-    """Shares traffic between the active draft and canaries. Replaces the split that was."""
+    """Shares traffic between drafts, on this server. Replaces the split that was, and holds until a draft is
+    activated or rolled back: meanwhile the server changes nothing by itself. The active draft stays the active
+    one if it has a share, else the draft with the largest share becomes it.
+    """
 
 class DraftServiceServicer(metaclass=_abc_1.ABCMeta):
     """Life of the draft models: which exist, which serve, and how traffic is shared between them. For operators;
@@ -94,7 +110,9 @@ class DraftServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _draft_pb2.ActivateDraftRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_draft_pb2.ActivateDraftResponse, _abc.Awaitable[_draft_pb2.ActivateDraftResponse]]:
-        """Makes a draft the active one, with all traffic. FAILED_PRECONDITION if it does not fit the target."""
+        """Makes a draft the active one, with all traffic and without a canary. FAILED_PRECONDITION if it does not fit
+        the target, was refused or rolled back, or the registry is pinned.
+        """
 
     @_abc_1.abstractmethod
     def RollbackDraft(
@@ -102,7 +120,10 @@ class DraftServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _draft_pb2.RollbackDraftRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_draft_pb2.RollbackDraftResponse, _abc.Awaitable[_draft_pb2.RollbackDraftResponse]]:
-        """Makes the previous draft active again. FAILED_PRECONDITION if there is none."""
+        """Withdraws the newest change: the draft that is being tried (shadow or canary), if there is one, else the
+        active one, so that the previous draft is active again. FAILED_PRECONDITION if there is none. What is rolled
+        back is never tried again.
+        """
 
     @_abc_1.abstractmethod
     def SetTrafficSplit(
@@ -110,6 +131,9 @@ class DraftServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _draft_pb2.SetTrafficSplitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_draft_pb2.SetTrafficSplitResponse, _abc.Awaitable[_draft_pb2.SetTrafficSplitResponse]]:
-        """Shares traffic between the active draft and canaries. Replaces the split that was."""
+        """Shares traffic between drafts, on this server. Replaces the split that was, and holds until a draft is
+        activated or rolled back: meanwhile the server changes nothing by itself. The active draft stays the active
+        one if it has a share, else the draft with the largest share becomes it.
+        """
 
 def add_DraftServiceServicer_to_server(servicer: DraftServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

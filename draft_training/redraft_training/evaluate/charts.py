@@ -28,7 +28,7 @@ _DPI = 110
 def overview(panels: Sequence[Panel], title: str) -> bytes:
     """All panels on one page, two abreast, as PNG."""
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(12.0, 3.7 * rows + 0.5), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(12.0, 3.7 * rows + 0.8), dpi=_DPI, layout="constrained")
     figure.suptitle(title, fontsize=13, parse_math=False)
     for index, panel in enumerate(panels):
         panel(figure.add_subplot(rows, 2, index + 1))

@@ -55,8 +55,6 @@ def write_report(directory: Path, report: Report) -> tuple[Path, Path]:
     named = _panels(report)
     write_file(png, charts.overview([panel for _, panel in named], _headline(report)))
     write_file(html, render_html(report).encode("utf-8"))
-    for path in (png, html):
-        path.chmod(0o644)  # written as private files; a report is to be read
     return png, html
 
 
@@ -79,7 +77,7 @@ def _headline(report: Report) -> str:
     comparison, gain = report.comparison, report.comparison.overall
     decision = {True: ", passed the gate", False: ", refused by the gate", None: ""}[report.published]
     return (
-        f"Draft {comparison.candidate_version} against {comparison.serving_version or 'no draft'}{decision}: "
+        f"Draft {comparison.candidate_version} against {comparison.serving_version or 'no draft'}{decision}\n"
         f"expected acceptance {gain.alpha_old:.3f} to {gain.alpha_new:.3f} "
         f"(gain {gain.gain:+.3f}, {comparison.confidence:.0%} interval {gain.low:+.3f} to {gain.high:+.3f})"
     )

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from redraft.errors import ConfigError
 from redraft.models.block_pool import BlockPool
 from redraft.models.kv_cache import kv_bytes_per_token
 from redraft.models.loader import LoadedModel, load_model
 from redraft.models.ref import ModelRef
-from redraft.models.runner import ModelRunner
-from redraft.models.tokenizer import Tokenizer, check_compatible, load_tokenizer
+from redraft.models.tokenizer import Tokenizer, load_tokenizer
 from redraft.speculation.cost import StepCost, measure_cost
-from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.fallback import FallbackProposer
 from redraft.speculation.length import LengthController
 from redraft.speculation.ngram import NgramProposer
 from redraft.speculation.proposer import Proposer
+from redraft.speculation.router import DraftRouter
 from redraft.telemetry.metrics import ServerMetrics
 from redraft.traffic.writer import TrafficWriter
 from redraft_server.config import ServerConfig
 from redraft_server.engine.api import EngineInfo
+from redraft_server.engine.drafts import DraftHost, ResidentDraft, RunnerSizes
 from redraft_server.engine.engine import Engine, EngineParts
+from redraft_server.engine.observe import DraftMonitor
 from redraft_server.engine.recorder import Recorder
 from redraft_server.engine.scheduler import SchedulerLimits
 
+FirstDraft = Callable[[DraftHost], ResidentDraft | None]
+"""Gives the draft to start with; None for none."""
 
-def build_engine(config: ServerConfig, metrics: ServerMetrics, writer: TrafficWriter | None = None) -> Engine:
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An engine that runs, what loads further drafts for it, and the draft it began with."""
+
+    engine: Engine
+    host: DraftHost
+    draft: ResidentDraft | None
+
+
+def build_engine(
+    config: ServerConfig,
+    metrics: ServerMetrics,
+    writer: TrafficWriter | None = None,
+    *,
+    first_draft: FirstDraft,
+    monitor: DraftMonitor | None = None,
+) -> Built:
     """Load target and draft and start the engine.
 
     Raises:
@@ -41,25 +63,34 @@ def build_engine(config: ServerConfig, metrics: ServerMetrics, writer: TrafficWr
     target_ref = ModelRef.parse(config.model.target)
     target = _load(target_ref, config, device)
     tokenizer = load_tokenizer(target_ref, cache_dir=config.model.cache_dir)
-    draft: LoadedModel | None = None
-    if config.model.draft is not None:
-        draft_ref = ModelRef.parse(config.model.draft)
-        draft = _load(draft_ref, config, device)
-        check_compatible(tokenizer, load_tokenizer(draft_ref, cache_dir=config.model.cache_dir))
     pool = BlockPool(
         -(-config.engine.kv_cache_tokens // config.engine.kv_block_size),
         config.engine.kv_block_size,
         prefix_cache=config.engine.prefix_cache,
     )
-    sizes = _Sizes(pool.num_blocks, pool.block_size, tokenizer.vocab_size)
+    sizes = RunnerSizes(pool.num_blocks, pool.block_size, tokenizer.vocab_size)
     runner = sizes.runner(target)
     target_cost = measure_cost(runner)
+    host = DraftHost(
+        target,
+        tokenizer,
+        sizes,
+        target_cost,
+        adaptive=config.speculation.adaptive,
+        max_catch_up=config.engine.max_batch_tokens,
+        cache_dir=config.model.cache_dir,
+    )
+    draft = first_draft(host)
     info = _info(config, target, draft, tokenizer, pool)
+    host.context_length = info.context_length
+    router = DraftRouter()
+    if draft is not None:
+        router.set({draft.version: draft.proposer}, {draft.version: 1.0})
     engine = Engine(
         EngineParts(
             target=runner,
             tokenizer=tokenizer,
-            proposer=_proposer(config, sizes, draft, target_cost, info.draft_version),
+            proposer=_proposer(config, tokenizer.vocab_size, router, target_cost),
             pool=pool,
             limits=SchedulerLimits(
                 max_running=config.engine.max_running_requests,
@@ -73,25 +104,13 @@ def build_engine(config: ServerConfig, metrics: ServerMetrics, writer: TrafficWr
             target_cost=target_cost,
             metrics=metrics,
             recorder=None if writer is None else Recorder(writer, info, metrics),
+            router=router,
+            monitor=monitor,
         )
     )
     metrics.set_active_drafts([info.draft_version] if info.draft_version else [])
     engine.start()
-    return engine
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """What every runner of an engine must agree on."""
-
-    num_blocks: int
-    block_size: int
-    vocab_size: int
-
-    def runner(self, loaded: LoadedModel) -> ModelRunner:
-        return ModelRunner(
-            loaded.model, num_blocks=self.num_blocks, block_size=self.block_size, vocab_size=self.vocab_size
-        )
+    return Built(engine, host, draft)
 
 
 def _device(name: str) -> torch.device:
@@ -111,9 +130,7 @@ def _load(ref: ModelRef, config: ServerConfig, device: torch.device) -> LoadedMo
     return load_model(ref, dtype=dtype, device=device, cache_dir=config.model.cache_dir)
 
 
-def _proposer(
-    config: ServerConfig, sizes: _Sizes, draft: LoadedModel | None, target_cost: StepCost, draft_version: str
-) -> Proposer | None:
+def _proposer(config: ServerConfig, vocab_size: int, router: DraftRouter, target_cost: StepCost) -> Proposer | None:
     settings = config.speculation
     if settings.proposer == "none" or settings.num_speculative_tokens == 0:
         return None
@@ -121,23 +138,15 @@ def _proposer(
     if "ngram" in settings.proposer:
         length = LengthController(NgramProposer.name, target_cost, None) if settings.adaptive else None
         proposers.append(
-            NgramProposer(sizes.vocab_size, min_match=settings.ngram_min, max_match=settings.ngram_max, length=length)
+            NgramProposer(vocab_size, min_match=settings.ngram_min, max_match=settings.ngram_max, length=length)
         )
-    if draft is not None:
-        runner = sizes.runner(draft)
-        length = None
-        if settings.adaptive:
-            length = LengthController(DraftModelProposer.name, target_cost, measure_cost(runner))
-        proposers.append(
-            DraftModelProposer(
-                runner, version=draft_version, max_catch_up=config.engine.max_batch_tokens, length=length
-            )
-        )
+    if "draft_model" in settings.proposer:
+        proposers.append(router)
     return proposers[0] if len(proposers) == 1 else FallbackProposer(proposers)
 
 
 def _info(
-    config: ServerConfig, target: LoadedModel, draft: LoadedModel | None, tokenizer: Tokenizer, pool: BlockPool
+    config: ServerConfig, target: LoadedModel, draft: ResidentDraft | None, tokenizer: Tokenizer, pool: BlockPool
 ) -> EngineInfo:
     capacity = pool.num_blocks * pool.block_size
     own_context = int(getattr(target.config, "max_position_embeddings", capacity))
@@ -147,8 +156,8 @@ def _info(
         )
     context = min(config.engine.max_model_len or own_context, own_context, capacity)
     if draft is not None:
-        context = min(context, int(getattr(draft.config, "max_position_embeddings", context)))
-    models = [target] if draft is None else [target, draft]
+        context = min(context, int(getattr(draft.model.config, "max_position_embeddings", context)))
+    models = [target.model] if draft is None else [target.model, draft.model]
     uses_speculation = config.speculation.proposer != "none"
     return EngineInfo(
         model=target.name,
@@ -163,17 +172,17 @@ def _info(
         proposer=config.speculation.proposer,
         num_speculative_tokens=config.speculation.num_speculative_tokens if uses_speculation else 0,
         draft_name=None if draft is None else draft.name,
-        draft_version="" if draft is None else draft.draft_version,
+        draft_version="" if draft is None else draft.version,
         kv_block_size=pool.block_size,
         kv_num_blocks=pool.num_blocks,
         kv_bytes=sum(kv_bytes_per_token(m.config.get_text_config(), m.dtype) for m in models) * capacity,
-        weight_bytes=sum(_num_bytes(m) for m in models),
+        weight_bytes=_num_bytes(models),
         dtype=str(target.dtype).removeprefix("torch."),
         device=str(target.device),
     )
 
 
-def _num_bytes(loaded: LoadedModel) -> int:
-    """Bytes the weights occupy: parameters (tied ones once) and packed copies."""
-    tensors = (*loaded.model.parameters(), *loaded.model.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _num_bytes(models: Sequence[PreTrainedModel]) -> int:
+    """Bytes the weights occupy: parameters and packed copies, what is tied or shared between models once."""
+    tensors = {t.data_ptr(): t for model in models for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from redraft.speculation.step import StepOutput
 from redraft_server.engine.api import ChoiceDelta, EngineEvent, FinishReason, RequestFinished
+from redraft_server.engine.observe import DraftMonitor
 from redraft_server.engine.recorder import Recorder
 from redraft_server.engine.request import Completion, Request, VerifiedStep
 from redraft_server.engine.scheduler import Scheduler
@@ -24,11 +25,13 @@ class Delivery:
         clock: Callable[[], float],
         recorder: Recorder | None,
         on_finished: Callable[[Request], None],
+        monitor: DraftMonitor | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._clock = clock
         self._recorder = recorder
         self._on_finished = on_finished
+        self._monitor = monitor
         self._pending: dict[Request, list[EngineEvent]] = {}
 
     def deliver(self, completion: Completion, output: StepOutput, prompt_start: int, now: float) -> None:
@@ -99,6 +102,9 @@ class Delivery:
         now = self._clock()
         if self._recorder is not None:
             self._recorder.record(completion, now)
+        part = completion.counters.model_part
+        if self._monitor is not None and part is not None:
+            self._monitor.observe_completion(part.version, part.expected_sum, part.expected_positions)
         completion.steps.clear()
         if request.is_finished:
             self._emit(request, self._summary(request, now))

@@ -6,17 +6,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from redraft.models.block_pool import BlockPool
 from redraft.models.runner import ModelRunner
 from redraft.models.tokenizer import Tokenizer
 from redraft.speculation.cost import StepCost
+from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.proposer import Proposer
-from redraft.speculation.step import StepResult, speculative_step
+from redraft.speculation.router import DraftRouter
+from redraft.speculation.step import StepObserver, StepResult, speculative_step
 from redraft.telemetry.metrics import ServerMetrics
 from redraft_server.engine.api import (
     DuplicateRequestId,
@@ -29,7 +31,7 @@ from redraft_server.engine.api import (
     Sink,
 )
 from redraft_server.engine.delivery import Delivery
-from redraft_server.engine.observe import step_observation
+from redraft_server.engine.observe import DraftMonitor, step_observation
 from redraft_server.engine.output import CompletionOutput
 from redraft_server.engine.recorder import Recorder
 from redraft_server.engine.request import Completion, Request
@@ -55,6 +57,8 @@ class EngineParts:
     target_cost: StepCost
     metrics: ServerMetrics | None = None
     recorder: Recorder | None = None
+    router: DraftRouter | None = None  # the part of `proposer` that knows of draft versions
+    monitor: DraftMonitor | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -66,7 +70,17 @@ class Engine:
         self._clock = parts.clock
         self.scheduler = Scheduler(parts.pool, parts.limits)
         self._proposer = parts.proposer
-        self._delivery = Delivery(self.scheduler, clock=parts.clock, recorder=parts.recorder, on_finished=self._forget)
+        if parts.router is not None:
+            self.scheduler.epoch_of = parts.router.epoch_of
+        self._observer: StepObserver | None = None
+        self._info = parts.info
+        self._delivery = Delivery(
+            self.scheduler,
+            clock=parts.clock,
+            recorder=parts.recorder,
+            on_finished=self._forget,
+            monitor=parts.monitor,
+        )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._live: dict[str, Request] = {}  # guarded by _lock: read on submit, changed on both sides
@@ -80,7 +94,7 @@ class Engine:
 
     @property
     def info(self) -> EngineInfo:
-        return self._parts.info
+        return self._info
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -166,6 +180,39 @@ class Engine:
 
         return self.between_steps(swap)
 
+    def set_drafts(
+        self, drafts: Mapping[str, DraftModelProposer], shares: Mapping[str, float], active: str | None
+    ) -> Future[None]:
+        """Change which versions draft, and for which share of new requests, at the next step boundary.
+
+        See `DraftRouter.set`. `active` is the version that `info` names from then on.
+        """
+        router = self._parts.router
+        assert router is not None, "built without draft models"
+
+        def change() -> None:
+            router.set(drafts, shares)
+            self._info = replace(self._info, draft_version=active or "", draft_name=active)
+
+        return self.between_steps(change)
+
+    def set_observer(self, observer: StepObserver | None) -> Future[None]:
+        """Let `observer` look at every step's verified positions from now on, in place of the one before."""
+
+        def change() -> None:
+            self._observer = observer
+
+        return self.between_steps(change)
+
+    def draft_users(self) -> Future[frozenset[str]]:
+        """Draft versions that a request in progress belongs to."""
+
+        def collect() -> frozenset[str]:
+            live = (completion for request in self._live_requests() for completion in request.completions)
+            return frozenset(c.state.draft_version for c in live if c.finish_reason is None)
+
+        return self.between_steps(collect)
+
     # -- engine thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -202,7 +249,7 @@ class Engine:
             if s.completion.request.first_scheduled is None:
                 s.completion.request.first_scheduled = now
         try:
-            result = speculative_step([s.work for s in scheduled], self._parts.target, self._proposer)
+            result = speculative_step([s.work for s in scheduled], self._parts.target, self._proposer, self._observer)
             self._deliver(scheduled, result, prompt_starts)
         except Exception:
             self._fault(scheduled)
@@ -223,8 +270,11 @@ class Engine:
                 self._begin_siblings(s.completion)
             if (gap := s.completion.note_delivery(now)) is not None:
                 gaps.append(gap)
+        observation = step_observation(scheduled, result, gaps)
         if self._parts.metrics is not None:
-            self._parts.metrics.observe_step(step_observation(scheduled, result, gaps))
+            self._parts.metrics.observe_step(observation)
+        if self._parts.monitor is not None:
+            self._parts.monitor.observe_step(observation.sequences)
 
     def _fault(self, scheduled: list[Scheduled]) -> None:
         """A bug or an exhausted device: the step's requests end, the engine goes on; three in a row end it."""

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Protocol
 
 from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.step import StepResult
 from redraft.telemetry.observations import SequenceStep, StepObservation
 from redraft_server.engine.scheduler import Scheduled
+
+
+class DraftMonitor(Protocol):
+    """Who judges the drafts in service. Called on the engine's thread; never blocks, never raises."""
+
+    def observe_step(self, sequences: Sequence[SequenceStep]) -> None:
+        """What was drafted and accepted in a step, by draft model or lookup."""
+
+    def observe_completion(self, version: str, expected_sum: float, num_positions: int) -> None:
+        """A completion has ended: Σ of expected acceptance over the positions that its last draft was tested at."""
 
 
 def step_observation(scheduled: list[Scheduled], result: StepResult, gaps: Sequence[float]) -> StepObservation:

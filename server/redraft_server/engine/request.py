@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from dataclasses import dataclass, field
 from enum import Enum
 
 from redraft.sampling.logprobs import TeacherRow, TokenLogprob
 from redraft.sampling.randomness import sequence_key
+from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.proposer import SequenceProposal
 from redraft.speculation.state import SequenceState
 from redraft.speculation.step import StepOutput
@@ -32,6 +34,15 @@ class VerifiedStep:
 
 
 @dataclass(slots=True)
+class DraftPart:
+    """What a draft model did for a completion since it has been its draft: the sample that drafts are judged by."""
+
+    version: str
+    expected_sum: float = 0.0
+    expected_positions: int = 0
+
+
+@dataclass(slots=True)
 class Counters:
     """Speculation statistics of one completion; see `SpeculationStats` for the identity they keep."""
 
@@ -44,6 +55,7 @@ class Counters:
     histogram: list[int] = field(default_factory=list)
     expected_sum: float = 0.0
     expected_positions: int = 0
+    model_part: DraftPart | None = None
 
     def observe(self, output: StepOutput) -> None:
         self.verify_steps += 1
@@ -58,6 +70,11 @@ class Counters:
         self.histogram[output.num_accepted] += 1
         self.expected_sum += sum(output.expected_acceptance)
         self.expected_positions += len(output.expected_acceptance)
+        if output.proposal.proposer == DraftModelProposer.name:
+            if self.model_part is None or self.model_part.version != output.proposal.draft_version:
+                self.model_part = DraftPart(output.proposal.draft_version)
+            self.model_part.expected_sum += sum(output.expected_acceptance)
+            self.model_part.expected_positions += len(output.expected_acceptance)
 
 
 @dataclass(slots=True, eq=False)
@@ -99,8 +116,11 @@ class Request:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     error: str | None = None
     seed: int = 0
+    route: int = 0
 
     def __post_init__(self) -> None:
+        digest = hashlib.blake2b(self.spec.request_id.encode(), digest_size=8).digest()
+        self.route = int.from_bytes(digest)
         given = self.spec.sampling.seed
         # reported back: with it (and the coupling set) an unseeded completion can be had again
         self.seed = secrets.randbits(64) if given is None else given
@@ -118,6 +138,7 @@ class Request:
             key=sequence_key(self.seed, index),
             min_new_tokens=self.spec.stopping.min_new_tokens,
             end_token_ids=end_token_ids,
+            route=self.route,
         )
 
     def speculation_stats(self, max_draft_tokens: int) -> SpeculationStats:

@@ -8,6 +8,7 @@ equal share of the budget, so that neither the last of them nor the prompt is le
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from redraft.models.block_pool import ROOT_HASH, BlockPool, chain_hash
@@ -41,6 +42,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Completion] = []  # in order of admission
         self.draft_epoch = 0  # of the draft in service: prefix blocks of another epoch have no draft KV
+        self.epoch_of: Callable[[SequenceState], int] = lambda state: self.draft_epoch  # where several drafts serve
         self.num_preemptions = 0
         self._refused: tuple[Completion, int] | None = None  # who did not fit, and into how many free blocks
 
@@ -128,8 +130,9 @@ class Scheduler:
             state.num_registered_blocks = len(found)
             state.prefix_hash = prefix_hash
             state.num_computed = len(found) * self.pool.block_size
-            state.draft_epoch = self.draft_epoch
-            state.num_draft_marked_blocks = state.num_draft_computed = 0
+            state.draft_epoch = self.epoch_of(state)
+            state.num_draft_marked_blocks = state.num_draft_computed = state.draft_rebuild_end = 0
+            state.num_admissions += 1
             if completion.index == 0 and completion.request.first_scheduled is None:
                 completion.request.cached_prompt_tokens = state.num_computed
 
@@ -138,11 +141,12 @@ class Scheduler:
 
         Since: all of a request's samples find the prompt's blocks before the first of them has drafted.
         """
-        if state.draft_epoch != self.draft_epoch:
+        epoch = self.epoch_of(state)
+        if state.draft_epoch != epoch:
             return
         size = self.pool.block_size
         while (index := state.num_draft_computed // size) < state.num_registered_blocks:
-            if self.pool.draft_epoch(state.block_ids[index]) != self.draft_epoch:
+            if self.pool.draft_epoch(state.block_ids[index]) != epoch:
                 return
             state.num_draft_computed = (index + 1) * size
 

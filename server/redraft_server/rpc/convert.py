@@ -25,9 +25,10 @@ from redraft_server.rpc.status import FieldViolation, in_generation, invalid_arg
 
 MAX_MESSAGES = 1024
 MAX_REQUEST_ID = 128
-MAX_TENANT = 64
+MAX_LABEL = 64
 
-_TENANT = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_TENANT}}}")
+_LABEL = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_LABEL}}}")
+_LABEL_RULE = f"1 to {MAX_LABEL} characters out of A-Z a-z 0-9 . _ -"
 _SAMPLING_FLOATS = (
     "temperature",
     "top_p",
@@ -84,6 +85,7 @@ class ParsedGeneration:
     speculation: bool
     max_draft_tokens: int | None
     log_traffic: bool
+    domain: str
 
 
 @dataclass(slots=True)
@@ -145,6 +147,8 @@ def parse_generation(generation: pb.Generation, info: EngineInfo, limits: Limits
         )
     truncate = _optional(output, "truncate_prompt_tokens")
     check.require(truncate is None or truncate >= 1, "generation.output.truncate_prompt_tokens", "must be at least 1")
+    has_domain = generation.domain == "" or _LABEL.fullmatch(generation.domain) is not None
+    check.require(has_domain, "generation.domain", f"must be {_LABEL_RULE}")
     check.raise_if_any()
     assert prompt is not None
     assert sampling is not None
@@ -167,6 +171,7 @@ def parse_generation(generation: pb.Generation, info: EngineInfo, limits: Limits
         speculation=enabled and max_draft_tokens != 0,
         max_draft_tokens=max_draft_tokens,
         log_traffic=not generation.exclude_from_traffic_log,
+        domain=generation.domain,
     )
 
 
@@ -221,6 +226,7 @@ def to_engine_request(
         max_draft_tokens=parsed.max_draft_tokens,
         deadline=deadline,
         tenant=tenant,
+        domain=parsed.domain,
         log_traffic=parsed.log_traffic,
     )
 
@@ -231,8 +237,8 @@ def parse_tenant(values: Iterable[str | bytes]) -> str:
     if not given:
         return ""
     tenant = given[0]
-    if len(given) > 1 or not isinstance(tenant, str) or not _TENANT.fullmatch(tenant):
-        description = f"give one value of 1 to {MAX_TENANT} characters out of A-Z a-z 0-9 . _ -"
+    if len(given) > 1 or not isinstance(tenant, str) or not _LABEL.fullmatch(tenant):
+        description = f"give one value of {_LABEL_RULE}"
         raise invalid_argument([FieldViolation("metadata.x-redraft-tenant", description)])
     return tenant
 

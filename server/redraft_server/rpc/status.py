@@ -131,6 +131,11 @@ def unavailable(reason: str, message: str) -> StatusError:
     )
 
 
+def aborted(message: str) -> StatusError:
+    """Something else changed first; look again and decide anew."""
+    return StatusError(grpc.StatusCode.ABORTED, message)
+
+
 def unimplemented(message: str) -> StatusError:
     return StatusError(grpc.StatusCode.UNIMPLEMENTED, message)
 

@@ -33,7 +33,7 @@ def test_every_parameter_reaches_its_field(fake: FakeServer, driver: Driver) -> 
         logit_bias={3: -100.0}, coupling=Coupling.MAXIMAL, n=2, max_new_tokens=9, min_new_tokens=1,
         stop_sequences=["\n"], stop_token_ids=[5], include_stop_sequence=True, ignore_eos=True, logprobs=0,
         prompt_logprobs=2, token_ids=True, truncate_prompt_tokens=8, speculation=True, max_draft_tokens=3,
-        exclude_from_traffic_log=True,
+        exclude_from_traffic_log=True, domain="sql",
     )  # fmt: skip
     chat = pb.Chat(
         messages=[
@@ -57,6 +57,7 @@ def test_every_parameter_reaches_its_field(fake: FakeServer, driver: Driver) -> 
         output=pb.OutputOptions(logprobs=0, prompt_logprobs=2, token_ids=True, truncate_prompt_tokens=8),
         speculation=pb.SpeculationOptions(enabled=True, max_draft_tokens=3),
         exclude_from_traffic_log=True,
+        domain="sql",
     )  # fmt: skip
 
 
@@ -200,6 +201,15 @@ def test_stats_without_speculation_have_no_rates(fake: FakeServer, driver: Drive
     fake.answers["Generate"] = [plain]
     stats = driver.call("generate", "x").speculation
     assert (stats.acceptance_rate, stats.mean_acceptance_length, stats.expected_acceptance) == (None,) * 3
+
+
+def test_the_tenant_travels_with_every_call(fake: FakeServer) -> None:
+    fake.answers["ListModels"] = [model_pb2.ListModelsResponse()]
+    with Client(fake.address, tenant="team-a") as client:
+        client.list_models()
+    with Client(fake.address) as client:
+        client.list_models()
+    assert [metadata.get("x-redraft-tenant") for metadata in fake.metadata] == ["team-a", None]
 
 
 def test_api_key_and_deadlines(fake: FakeServer, driver: Driver) -> None:

@@ -167,3 +167,14 @@ def test_reading_settings_imports_no_torch() -> None:
         "main(['--print-config']); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_giving_a_registry_chooses_the_draft_proposer_and_needs_no_draft() -> None:
+    config = load_config(["--registry.url", "drafts"], {}).config
+    assert (config.speculation.proposer, config.model.draft) == ("draft_model", None)
+    (problem,) = problems(["--registry.url", "drafts", "--speculation.proposer", "ngram"])
+    assert "registry.url" in problem
+    (problem,) = problems(["--speculation.proposer", "draft_model"])
+    assert "registry.url" in problem
+    (problem,) = problems(["--rollout.max_resident_drafts", "1"])
+    assert "rollout.max_resident_drafts" in problem

@@ -245,6 +245,18 @@ def test_a_bad_tenant(value: str | bytes) -> None:
     assert fields_of(caught.value) == ["metadata.x-redraft-tenant"]
 
 
+@pytest.mark.parametrize("domain", ["a b", "x" * 65, "ü", "a/b", "a\n"])
+def test_a_bad_domain(domain: str) -> None:
+    with pytest.raises(StatusError) as caught:
+        convert.parse_generation(pb.Generation(text="x", domain=domain), INFO, LIMITS)
+    assert fields_of(caught.value) == ["generation.domain"]
+
+
+def test_domains() -> None:
+    for domain in ("", "sql", "A.b-c_9"):
+        assert parse(pb.Generation(text="x", domain=domain)).domain == domain
+
+
 def test_tenants() -> None:
     assert convert.parse_tenant([]) == ""
     assert convert.parse_tenant(["team-a_1.x"]) == "team-a_1.x"

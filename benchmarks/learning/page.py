@@ -1,0 +1,75 @@
+"""`benchmarks/results/learning.md` from the results of all runs so far."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from typing import Any
+
+from benchmarks.learning.bench import Bench, K
+from benchmarks.machine import machine_line
+from benchmarks.report import RESULTS, table, write_page
+
+_COLUMNS = ("alpha_greedy", "alpha_sampled", "acceptance_rate", "mean_acceptance_length")
+_HEADER = ("α, T = 0", "α, T = 0.7", "acceptance rate", "acceptance length")
+
+
+def write(bench: Bench) -> None:
+    """Write the page."""
+    by_experiment: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in bench.results.items():
+        experiment, _, rest = key.partition("/")
+        by_experiment[experiment][rest] = value
+    parts = [
+        f"Acceptance rate and mean acceptance length: temperature 0, k = {K}, evaluation prompts replayed through the "
+        "server's own step. α: teacher-forced on the target's text, T = 0.7 with top-p 0.95."
+    ]
+    if found := by_experiment.get("domains"):
+        parts += [
+            "## By domain and cycle",
+            table(("domain / draft", *_HEADER, "requests", "CPU s"), _domain_rows(found)),
+        ]
+    if found := by_experiment.get("drift"):
+        parts += ["## Drift", table(("pair / stage", "domain", *_HEADER), _drift_rows(found))]
+    for name, title in (("captured", "Captured labels against a re-run target"), ("ablation", "Objectives")):
+        if found := by_experiment.get(name):
+            parts += [f"## {title}", table(("setting", "seeds", *_HEADER, "CPU s"), seed_rows(found))]
+    write_page(RESULTS / "learning.md", "How fast a draft learns", machine_line(), parts)
+
+
+def _domain_rows(found: dict[str, Any]) -> list[list[str]]:
+    order = {"pruned": 0, "general": 1}
+    keys = sorted(found, key=lambda key: (key.partition("/")[0], order.get(key.partition("/")[2], 2), key))
+    return [
+        [key, *_numbers(found[key]), str(found[key].get("requests", "")), str(found[key].get("cpu_s", ""))]
+        for key in keys
+    ]
+
+
+def _drift_rows(found: dict[str, Any]) -> list[list[str]]:
+    return [[key, domain, *_numbers(judged)] for key, value in found.items() for domain, judged in value.items()]
+
+
+def seed_rows(found: dict[str, Any]) -> list[list[str]]:
+    """A row per setting: mean over seeds, and the standard deviation where there are several."""
+    settings: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for key, value in found.items():
+        settings[key.rpartition("/")[0]].append(value)
+    rows = []
+    for setting, values in sorted(settings.items(), key=lambda item: -_mean(item[1], "alpha_greedy")):
+        spread = [_mean_and_spread(values, column) for column in _COLUMNS]
+        rows.append([setting, str(len(values)), *spread, f"{_mean(values, 'cpu_s'):.0f}"])
+    return rows
+
+
+def _numbers(judged: dict[str, float]) -> list[str]:
+    return [f"{judged[column]:.3f}" for column in _COLUMNS]
+
+
+def _mean(values: list[dict[str, float]], column: str) -> float:
+    return statistics.fmean(value[column] for value in values)
+
+
+def _mean_and_spread(values: list[dict[str, float]], column: str) -> str:
+    mean = f"{_mean(values, column):.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(value[column] for value in values):.3f}"

@@ -1,0 +1,93 @@
+"""`redraft-train distill`: train a draft, without a registry."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from redraft.errors import ConfigError
+from redraft_training.commands.common import (
+    ConfigOption,
+    PresetOption,
+    SetOption,
+    TargetOption,
+    TrafficOption,
+    clean_errors,
+    say,
+    settings_from,
+)
+
+if TYPE_CHECKING:
+    from redraft_training.cycle_models import Models
+    from redraft_training.dataset.read import Dataset
+    from redraft_training.settings import CycleSettings
+
+
+def distill(
+    output: Annotated[Path, typer.Option(help="Directory for checkpoints, metrics.csv and, in draft/, the draft.")],
+    draft: Annotated[str | None, typer.Option(help="Draft to begin from. Default: prune the target.")] = None,
+    config: ConfigOption = None,
+    target: TargetOption = None,
+    traffic: TrafficOption = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Learn from text instead: JSON lines with prompt and response, or chat messages."),
+    ] = None,
+    synthesise: Annotated[
+        int | None, typer.Option(min=1, help="Without traffic: let the target write so many prompts and answer them.")
+    ] = None,
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Train a draft and write it to a directory, without gate and registry.
+
+    Killed, it goes on from its last checkpoint when run again with the same arguments. Learns from one source:
+
+        redraft-train distill --traffic traffic --output runs/1
+
+        redraft-train distill --synthesise 500 --output runs/cold-start
+
+        redraft-train distill --texts reasoning.jsonl --preset sequence_kd --output runs/2
+    """
+    with clean_errors():
+        if sum(source is not None for source in (traffic, texts, synthesise)) != 1:
+            raise ConfigError("give one source to learn from: --traffic, --texts or --synthesise")
+        settings = settings_from(config, set_, preset, target=target, traffic=traffic, draft=draft, work_dir=output)
+        from redraft_training.cycle_models import Models
+        from redraft_training.training_run import train
+
+        models = Models(settings)
+        result = train(settings, models, _dataset(settings, models, texts, synthesise), output)
+        say(
+            f"{result.draft}: {result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s, "
+            f"held-out expected acceptance {result.best_alpha:.3f} ({result.stopped})"
+        )
+
+
+def _dataset(settings: CycleSettings, models: Models, texts: Path | None, synthesise: int | None) -> Dataset:
+    from redraft.sampling.params import SamplingParams
+    from redraft_training.cycle_data import read_traffic
+    from redraft_training.dataset.read import split
+    from redraft_training.dataset.synthesise import SynthesisSettings
+    from redraft_training.dataset.synthesise import synthesise as let_target_write
+    from redraft_training.dataset.texts import read_texts
+
+    if texts is not None:
+        examples, report = read_texts(texts, models.tokenizer, SamplingParams(temperature=0.0))
+        say(f"{len(examples)} of {report.lines} lines are of use")
+    elif synthesise is not None:
+        made = let_target_write(
+            models.target_runner(), models.tokenizer, SynthesisSettings(synthesise), created_unix_s=time.time()
+        )
+        say(f"{len(made.examples)} of {made.num_tried} prompts that the target wrote are of use")
+        examples = list(made.examples)
+    else:
+        dataset = read_traffic(settings, models.identity)
+        dataset.require(training=1)
+        return dataset
+    dataset = split(examples, settings.data.held_out_share)
+    dataset.require(training=1)
+    return dataset
