@@ -193,7 +193,7 @@ def _show(rows: Sequence[Measurement]) -> None:
         table.add_column(name, justify="left" if name in ("stage", "domain", "draft") else "right")
     for row in rows:
         table.add_row(
-            *(row.stage, row.domain, row.draft_version, f"{row.alpha:.2f}", f"{row.acceptance_rate:.2f}"),
+            *(row.stage, row.domain, row.draft_version[-8:], f"{row.alpha:.2f}", f"{row.acceptance_rate:.2f}"),
             *(f"{row.mean_acceptance_length:.2f}", f"{row.tokens_per_s:.0f}", f"{row.tokens_per_s_plain:.0f}"),
             f"{row.tokens_per_s / row.tokens_per_s_plain:.2f}",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,7 +58,9 @@ def domains(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> No
         evaluation = load_traffic(data, domain, "e", NUM_EVALUATION)
         traffic = load_traffic(data, domain, "t", CYCLE * CYCLES[-1], skip=SKIP)
         for name, draft in (("pruned", pruned), ("general", general)):
-            _cell(bench, f"domains/{domain}/{name}", lambda draft=draft: asdict(bench.judge(draft, evaluation)))
+            key = f"domains/{domain}/{name}"
+            if bench.known(key) is None:
+                bench.keep(key, asdict(bench.judge(draft, evaluation)))
         draft, seen = general, 0
         for cycles in CYCLES:
             name = f"domains-{domain}-{cycles}"
@@ -139,11 +141,6 @@ def _trained_cell(
         trained = bench.train(key.replace("/", "-").replace(" ", "_"), traffic, overrides, base)
         judged = asdict(bench.judge(trained.draft, evaluation))
         bench.keep(key, {**judged, "tokens": trained.tokens, "cpu_s": round(trained.cpu_seconds)})
-
-
-def _cell(bench: Bench, key: str, measure: Callable[[], dict[str, float]]) -> None:
-    if bench.known(key) is None:
-        bench.keep(key, measure())
 
 
 def _outputs(examples: Sequence[Example]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_SIGMAS = 3.0  # a false alarm about once in a million drafted tokens; it costs a cycle, which the gate then refuses
+_SIGMAS = 3.5  # a false alarm in some millions of drafted tokens; it costs a cycle, which the gate then refuses
 
 
 @dataclass

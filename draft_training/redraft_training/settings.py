@@ -49,8 +49,7 @@ class DataSettings(BaseModel):
 
 
 class StudentSettings(BaseModel):
-    """The draft: its shape when it is born (the registry has none, `draft` names none), its vocabulary and precision.
-    """
+    """The draft: its shape when it is born (no draft in the registry or in `draft`), its vocabulary and precision."""
 
     model_config = _Model
 

@@ -8,7 +8,7 @@ step; the predicted speed-up weighs the two.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from redraft.errors import ConfigError
 from redraft.files import write_file
 from redraft.models.draft import load_draft
 from redraft.models.runner import ModelRunner
@@ -57,9 +58,19 @@ class Point:
     speedup: float
 
 
-def sweep(settings: CycleSettings, capacities: Sequence[Capacity], output: Path) -> list[Point]:
-    """Train and measure every size; write `sweep.json` and `sweep.png` to `output`. What is done already is kept, so a
-    sweep that was killed goes on. Raises what `train` raises."""
+def sweep(
+    settings: CycleSettings,
+    capacities: Sequence[Capacity],
+    output: Path,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Point]:
+    """Train and measure every size; write `sweep.json` and `sweep.png` to `output`.
+
+    What is measured already is kept, so a sweep that was killed goes on; with other settings it needs another
+    directory. Raises ConfigError for one that holds another sweep, and what `train` raises.
+    """
+    _claim(output, settings)
     models = Models(settings)
     dataset = read_traffic(settings, models.identity)
     dataset.require(training=1, held_out=1)
@@ -74,6 +85,7 @@ def sweep(settings: CycleSettings, capacities: Sequence[Capacity], output: Path)
         if path.is_file():
             points.append(_read_point(path))
             continue
+        say(f"size {len(points) + 1} of {len(capacities)}: {capacity.name}")
         point = _measured(settings, capacity, dataset, directory, target, runner)
         write_file(path, json.dumps(asdict(point), indent=2).encode())
         points.append(point)
@@ -118,6 +130,16 @@ def _measured(
         best.mean_acceptance_length,
         best.speedup,
     )
+
+
+def _claim(output: Path, settings: CycleSettings) -> None:
+    """Note in `output` what is measured there. Points of different settings would say nothing beside each other."""
+    values = settings.model_dump(mode="json", exclude={"work_dir", "registry", "gate"})
+    path = output / "settings.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != values:
+        raise ConfigError(f"{output} holds a sweep with other settings: choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(values, indent=2).encode())
 
 
 def _read_point(path: Path) -> Point:

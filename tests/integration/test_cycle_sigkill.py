@@ -16,8 +16,8 @@ from redraft_training.__main__ import app
 from tests.unit.training.cycle_runs import SMALL, Site
 
 # One process imports torch, every run is a fork of it. Clocks stand still, so that the version, which is a hash over
-# everything published, report and provenance included, must come out the same. The audit hook sees every file opened for
-# writing, renamed, linked, made or deleted below the root; a killed run dies just before the one of its number.
+# everything published, report and provenance included, must come out the same. The audit hook sees every file opened to
+# be written, renamed, linked, made or deleted; a killed run dies just before the one of its number.
 RUNS = """
 import json, os, random, shutil, signal, sys
 from pathlib import Path

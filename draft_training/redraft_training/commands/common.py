@@ -75,8 +75,12 @@ def say(message: str) -> None:
 
 def settings_from(config: Path | None, overrides: list[str] | None, preset: str | None, **given: Any) -> CycleSettings:
     """The cycle's settings from a command's options. `preset` is the objective that overrides then change."""
+    from transformers.utils import logging as transformers_logging
+
     from redraft_training.objectives.presets import preset as objective_of
     from redraft_training.settings import load_settings
+
+    transformers_logging.disable_progress_bar()  # ours say what is going on
 
     objective = None if preset is None else objective_of(preset).model_dump(mode="json", exclude_unset=True)
     return load_settings(config, overrides or [], objective=objective, **given)

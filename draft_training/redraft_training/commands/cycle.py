@@ -79,8 +79,10 @@ def loop(
 ) -> None:
     """Follow the log and run a cycle whenever there is enough news, or acceptance drifts down.
 
-    After a refused draft the next cycle waits for twice as much news. Ends after SIGTERM or SIGINT: at once while it
-    waits, with a checkpoint to go on from while it trains.
+    After a refused draft the next cycle waits for twice as much news. An error is reported and tried again, less and
+    less often. Ends at SIGTERM or SIGINT; a cycle that is under way then goes on from its last checkpoint next time.
+
+        redraft-train loop --traffic traffic --registry drafts --work-dir retraining
     """
     with clean_errors():
         settings = settings_from(

@@ -84,7 +84,10 @@ def report(
     directory: Annotated[Path, typer.Argument(help="Of a cycle (WORK_DIR/last) or an evaluation.")],
     output: Annotated[Path | None, typer.Option(help="Where to write. Default: the same directory.")] = None,
 ) -> None:
-    """Draw report.html and report.png again from a cycle's or an evaluation's files."""
+    """Draw report.html and report.png again from a cycle's or an evaluation's files.
+
+    redraft-train report retraining/last --output report
+    """
     with clean_errors():
         from redraft_training.distill.metrics import METRICS_FILE, read_metrics
         from redraft_training.evaluate.comparison import Comparison

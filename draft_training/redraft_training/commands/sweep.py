@@ -52,7 +52,7 @@ def sweep(
                 _numbers("--layers", layers), _sizes("--width", width), _sizes("--vocab", vocab)
             )
         ]
-        points = measure(settings, sizes, output)
+        points = measure(settings, sizes, output, say=say)
         table = Table(title="Which draft pays")
         for name in ("draft", "parameters", "alpha", "draft pass", "best k", "acceptance length", "predicted speed-up"):
             table.add_column(name, justify="left" if name == "draft" else "right")

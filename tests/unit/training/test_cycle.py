@@ -17,7 +17,7 @@ from redraft.registry.errors import RegistryUnavailable
 from redraft.registry.manifest import DraftState
 from redraft_training import cycle
 from redraft_training.cycle import Outcome, run_cycle
-from redraft_training.cycle_state import Workspace, WorkDirBusy
+from redraft_training.cycle_state import WorkDirBusy, Workspace
 from redraft_training.evaluate import charts
 from redraft_training.evaluate.comparison import Comparison
 from tests.unit.training.cycle_runs import Site
@@ -61,7 +61,11 @@ def test_cycles_follow_the_traffic(site: Site) -> None:
     assert manifest.evaluation is not None
     assert manifest.evaluation.expected_acceptance > 0.2
     assert {"report.html", "report.png", "draft_vocab.json"} <= manifest.files.keys()
-    assert (manifest.parent_version, manifest.draft_vocab_size, manifest.target_name) == (None, 60, str(site.target.name))
+    assert (manifest.parent_version, manifest.draft_vocab_size, manifest.target_name) == (
+        None,
+        60,
+        str(site.target.name),
+    )
     settings = manifest.training["settings"]
     assert isinstance(settings, dict)
     assert "work_dir" not in settings
@@ -102,9 +106,7 @@ def test_refused_draft_is_kept_and_the_same_traffic_not_tried_again(site: Site) 
     assert site.run().outcome is Outcome.NOT_ENOUGH_DATA
 
 
-def test_resumed_cycle_keeps_its_data_whatever_becomes_of_the_log(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_cycle_keeps_its_data_whatever_becomes_of_the_log(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, site, cycle, "compared")
     begun = json.loads((site.root / "work/cycle/cycle.json").read_text())
     shutil.rmtree(site.root / "traffic")
