@@ -7,7 +7,7 @@ DRAFT  := build/demo-draft
 SOURCES := core server draft_training clients/python tests benchmarks scripts docs hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test exactness check format proto bench bench-learning clean
+.PHONY: help install model demo test tools test-ops exactness check format proto bench bench-learning clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,14 @@ $(DRAFT)/model.safetensors: $(STAMP)
 demo: model  ## a draft's life: serve, distil, gate, hot-swap, drift, recover (about 15 minutes on 2 cores)
 	@$(BIN)/python -m scripts.demo --draft $(DRAFT) --output build
 
-test: model  ## the whole suite (about 12 minutes on 2 cores)
+test: model tools  ## the whole suite (about 20 minutes on 2 cores)
 	@$(BIN)/python -m pytest
+
+tools: $(STAMP)  ## helm, promtool, hadolint and the like, pinned and checked, into build/tools
+	@scripts/tools.sh
+
+test-ops: tools  ## only the tests of chart, image and alerts, with the real tools
+	@$(BIN)/python -m pytest tests/ops
 
 exactness: model  ## all of benchmarks/results/exactness.md: hours; what is done is kept
 	@$(BIN)/python -m benchmarks.exactness --draft $(DRAFT)
