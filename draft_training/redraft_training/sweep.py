@@ -47,7 +47,8 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What a size comes to. `draft_cost`: a draft pass in plain target passes; `best_k` maximises the speed-up."""
+    """What a size comes to. `draft_cost`: a draft pass in plain target passes; `best_k` maximises the speed-up, which
+    is below 1 where no draft is faster."""
 
     capacity: Capacity
     num_parameters: int
@@ -118,9 +119,8 @@ def _measured(
     )
     profile: CostProfile = measure_profile(runner, draft)
     comparison = compared(models, dataset, (capacity.name, ref), None, profile=profile)
-    best = comparison.best_new
-    assert best is not None
-    assert best.speedup is not None
+    # below 1 too: by how much a size does not pay is what the sweep is asked
+    best = max(comparison.speedups_new, key=lambda entry: entry.speedup or 0.0)
     return Point(
         capacity,
         models.num_parameters(result.draft),
@@ -128,7 +128,7 @@ def _measured(
         profile.draft_cost(),
         best.num_speculative_tokens,
         best.mean_acceptance_length,
-        best.speedup,
+        best.speedup or 0.0,
     )
 
 

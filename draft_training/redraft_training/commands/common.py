@@ -80,7 +80,8 @@ def settings_from(config: Path | None, overrides: list[str] | None, preset: str 
     from redraft_training.objectives.presets import preset as objective_of
     from redraft_training.settings import load_settings
 
-    transformers_logging.disable_progress_bar()  # ours say what is going on
+    # ours say what is going on
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     objective = None if preset is None else objective_of(preset).model_dump(mode="json", exclude_unset=True)
     return load_settings(config, overrides or [], objective=objective, **given)

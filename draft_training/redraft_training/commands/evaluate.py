@@ -70,13 +70,14 @@ def evaluate(
             comparison = judge(settings, models, ModelRef.parse(draft), baseline, output, num_replayed=replay)
         out.print(comparison_table(comparison))
         say(f"gap recovered: {comparison.gap_recovered:.1%}")
-        if comparison.best_new is not None:
-            best = comparison.best_new
-            speed = "" if best.speedup is None else f", predicted speed-up {best.speedup:.2f}"
+        best = comparison.best_new
+        if best is not None:
             say(
                 f"best k {best.num_speculative_tokens}: predicted mean acceptance length "
-                f"{best.mean_acceptance_length:.2f}{speed}"
+                f"{best.mean_acceptance_length:.2f}, predicted speed-up {best.speedup:.2f}"
             )
+        elif replay:
+            say("predicted: no faster than plain decoding at any k, on this machine")
         say(f"report: {output / 'report.html'}")
 
 
