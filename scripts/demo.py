@@ -38,11 +38,9 @@ from scripts.server_process import ServerProcess
 NUM_TRAFFIC, NUM_EVALUATION = 130, 18
 PATIENCE_S = 180.0
 
-# A demo's traffic is small, so everything decides on less than it would in production. k is fixed, so that acceptance
-# is comparable between stages; the default would not draft at all while that does not pay.
+# A demo's traffic is small, so everything decides on less than it would in production.
 SERVER = (
     *("--model.target", "demo", "--speculation.proposer", "draft_model"),
-    *("--speculation.adaptive", "false", "--speculation.num_speculative_tokens", "3"),
     *("--traffic_log.roll_seconds", "3", "--registry.poll_s", "1"),
     *("--rollout.shadow_positions", "100", "--rollout.shadow_share", "1.0", "--rollout.canary_share", "0.5"),
 )
