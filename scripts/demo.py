@@ -35,18 +35,19 @@ from scripts.demo_plot import plot
 from scripts.demo_traffic import DemoPrompt, Domain, prompts
 from scripts.server_process import ServerProcess
 
-NUM_TRAFFIC, NUM_EVALUATION = 130, 18
+NUM_TRAFFIC, NUM_EVALUATION = 130, 10
 PATIENCE_S = 180.0
 
 # A demo's traffic is small, so everything decides on less than it would in production.
 SERVER = (
     *("--model.target", "demo", "--speculation.proposer", "draft_model"),
     *("--traffic_log.roll_seconds", "3", "--registry.poll_s", "1"),
-    *("--rollout.shadow_positions", "100", "--rollout.shadow_share", "1.0", "--rollout.canary_share", "0.5"),
+    *("--rollout.shadow_positions", "40", "--rollout.shadow_share", "1.0", "--rollout.canary_share", "0.5"),
 )
 TRAINING = (
     *("--set", "distill.epochs=8", "--set", "distill.batch_tokens=768", "--set", "distill.learning_rate=0.0015"),
     *("--set", "data.held_out_share=0.15", "--set", "data.min_new_tokens=1000"),
+    *("--set", "student.quantise=int8"),
     *("--set", "gate.min_positions=200", "--set", "gate.min_domain_positions=150"),
 )
 

@@ -13,6 +13,7 @@ from scripts.demo_traffic import DemoPrompt
 
 MAX_NEW_TOKENS = 48
 CONCURRENCY = 6
+"""Of the traffic; measurements are of one stream, as a single user feels it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,11 @@ async def send(
     *,
     speculation: bool = True,
     log: bool = True,
+    concurrency: int = CONCURRENCY,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[GenerationResult]:
     """Stream all prompts, a few at a time; results in their order."""
-    gate = asyncio.Semaphore(CONCURRENCY)
+    gate = asyncio.Semaphore(concurrency)
 
     async def one(prompt: DemoPrompt) -> GenerationResult:
         async with gate:
@@ -67,14 +69,15 @@ async def send(
 
 
 async def measure(client: AsyncClient, stage: str, version: str, prompts: Sequence[DemoPrompt]) -> Measurement:
-    """Serve one domain's evaluation prompts plain and with speculation, twice each, in turns. None is logged."""
+    """Serve one domain's evaluation prompts, one at a time, plain and with speculation, twice each in turns; none is
+    logged."""
     seconds = {True: 0.0, False: 0.0}
     tokens = {True: 0, False: 0}
     texts: dict[bool, list[str]] = {}
     spoken: list[GenerationResult] = []
     for speculation in (False, True, False, True):
         started = time.perf_counter()
-        results = await send(client, prompts, speculation=speculation, log=False)
+        results = await send(client, prompts, speculation=speculation, log=False, concurrency=1)
         seconds[speculation] += time.perf_counter() - started
         tokens[speculation] += sum(result.usage.completion_tokens for result in results)
         texts[speculation] = [result.text for result in results]
