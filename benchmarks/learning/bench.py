@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from redraft.files import write_file
-from redraft.models.draft import load_draft
 from redraft.models.ref import ModelRef
 from redraft.models.runner import ModelRunner
 from redraft.speculation.draft_model import DraftModelProposer
@@ -28,7 +27,6 @@ FOLDER = Path("build", "learning")
 RESULTS = Path("benchmarks", "results", "learning.json")
 K = 4
 _HELD_OUT_SHARE = 0.04  # only for the trainer's own choice of the best checkpoint
-_KV_BLOCK, _KV_BLOCKS = 16, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +70,7 @@ class Bench:
     @cached_property
     def _target(self) -> tuple[Any, ModelRunner]:
         loaded = self.models.target()
-        return loaded, ModelRunner(
-            loaded.model, num_blocks=_KV_BLOCKS, block_size=_KV_BLOCK, vocab_size=self.models.identity.vocab_size
-        )
+        return loaded, self.models.runner(loaded)
 
     def train(self, name: str, examples: Sequence[Example], overrides: Sequence[str], base: ModelRef | None) -> Trained:
         """Distil from `base` (None: a pruned draft) with these overrides of the settings."""
@@ -95,17 +91,7 @@ class Bench:
         )["draft"].by_sampling()
         greedy = [example for example in examples if example.params.is_greedy][:num_replayed]
         target, runner = self._target
-        loaded = load_draft(draft, target, tokenizer=self.models.tokenizer)
-        proposer = DraftModelProposer(
-            ModelRunner(
-                loaded.model,
-                num_blocks=_KV_BLOCKS,
-                block_size=_KV_BLOCK,
-                vocab_size=self.models.identity.vocab_size,
-                output_ids=loaded.output_ids,
-            ),
-            version="draft",
-        )
+        proposer = DraftModelProposer(self.models.draft_runner(draft, target), version="draft")
         settings = ReplaySettings(
             num_speculative_tokens=K, max_requests=num_replayed, end_token_ids=self.models.tokenizer.eos_token_ids
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from redraft.errors import ModelError
-from redraft.models.block_pool import BlockPool
+from redraft.models.draft import load_draft
 from redraft.models.draft_vocab import DraftVocab
 from redraft.models.loader import LoadedModel, load_model, weights_fingerprint
 from redraft.models.ref import ModelKind, ModelRef
@@ -30,7 +30,7 @@ from redraft_training.student.vocabulary import draft_vocabulary
 
 _RERUN_TOP_N = 64
 _MAX_ROLLOUT_TOKENS = 128
-_KV_BLOCK = 16
+_KV_BLOCK, _KV_BLOCKS = 16, 1024
 
 
 class Models:
@@ -159,11 +159,22 @@ class Models:
 
     def target_runner(self) -> ModelRunner:
         """The target as the server runs it, to generate. A copy of its own, since a runner owns its model."""
-        loaded = self.target()
-        pool = BlockPool(1024, _KV_BLOCK)
+        return self.runner(self.target())
+
+    def runner(self, loaded: LoadedModel, output_ids: torch.Tensor | None = None) -> ModelRunner:
+        """The target, or a draft with its `output_ids`, as the server runs it; all runners agree on their KV blocks."""
         return ModelRunner(
-            loaded.model, num_blocks=pool.num_blocks, block_size=_KV_BLOCK, vocab_size=self.identity.vocab_size
+            loaded.model,
+            num_blocks=_KV_BLOCKS,
+            block_size=_KV_BLOCK,
+            vocab_size=self.identity.vocab_size,
+            output_ids=output_ids,
         )
+
+    def draft_runner(self, ref: ModelRef, target: LoadedModel) -> ModelRunner:
+        """A finished draft, sharing what it has in common with `target`."""
+        draft = load_draft(ref, target, tokenizer=self.tokenizer)
+        return self.runner(draft.loaded, draft.output_ids)
 
 
 def directory_ref(directory: Path) -> ModelRef:

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from redraft.errors import ConfigError
 from redraft.files import write_file
-from redraft.models.draft import load_draft
-from redraft.models.loader import weights_fingerprint
+from redraft.models.loader import unregistered_version, weights_fingerprint
 from redraft.models.ref import ModelRef
-from redraft.models.runner import ModelRunner
 from redraft.models.source import resolve_source
 from redraft.models.tokenizer import check_compatible, load_tokenizer
 from redraft.registry.errors import CurrentChanged
@@ -34,7 +32,6 @@ from redraft_training.training_run import ROW_TOKENS
 
 _BATCH_TOKENS = 2048
 _REPLAY_BATCH = 8
-_KV_BLOCK, _KV_BLOCKS = 16, 1024
 
 
 def compared(
@@ -111,8 +108,7 @@ def judge(
 
 def draft_name(draft: ModelRef) -> str:
     """`d-<hex>` of what a draft computes: its name while no registry has named it."""
-    fingerprint = weights_fingerprint(resolve_source(draft).directory)
-    return f"d-{fingerprint.removeprefix('sha256:')[:12]}"
+    return unregistered_version(weights_fingerprint(resolve_source(draft).directory))
 
 
 def current_draft(registry: DraftRegistry, identity: TargetIdentity, directory: Path) -> tuple[str, ModelRef] | None:
@@ -129,20 +125,11 @@ def _replayed(
 ) -> tuple[CostProfile, list[ReplayResult]]:
     """Replay with every draft; the cost profile is the first one's."""
     target = models.target()
-    runner = ModelRunner(
-        target.model, num_blocks=_KV_BLOCKS, block_size=_KV_BLOCK, vocab_size=models.identity.vocab_size
-    )
+    runner = models.runner(target)
     profile: CostProfile | None = None
     results = []
     for ref in drafts:
-        loaded = load_draft(ref, target, tokenizer=models.tokenizer)
-        draft = ModelRunner(
-            loaded.model,
-            num_blocks=_KV_BLOCKS,
-            block_size=_KV_BLOCK,
-            vocab_size=models.identity.vocab_size,
-            output_ids=loaded.output_ids,
-        )
+        draft = models.draft_runner(ref, target)
         profile = profile or measure_profile(runner, draft)
         replay_settings = ReplaySettings(
             num_speculative_tokens=settings.num_speculative_tokens,
@@ -150,7 +137,7 @@ def _replayed(
             batch_size=_REPLAY_BATCH,
             end_token_ids=models.tokenizer.eos_token_ids,
         )
-        proposer = DraftModelProposer(draft, version=loaded.version)
+        proposer = DraftModelProposer(draft, version=str(ref))
         results.append(replay(dataset.held_out, runner, proposer, replay_settings))
     assert profile is not None
     return profile, results

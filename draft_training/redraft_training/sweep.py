@@ -18,17 +18,15 @@ from matplotlib.figure import Figure
 
 from redraft.errors import ConfigError
 from redraft.files import write_file
-from redraft.models.draft import load_draft
 from redraft.models.runner import ModelRunner
 from redraft_training.cycle_data import read_traffic
 from redraft_training.cycle_models import Models, directory_ref
 from redraft_training.dataset.read import Dataset
+from redraft_training.evaluate.charts import png
 from redraft_training.evaluate.speedup import CostProfile, measure_profile
 from redraft_training.evaluation_run import compared
 from redraft_training.settings import CycleSettings
 from redraft_training.training_run import train
-
-_KV_BLOCK, _KV_BLOCKS = 16, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +74,7 @@ def sweep(
     dataset = read_traffic(settings, models.identity)
     dataset.require(training=1, held_out=1)
     target = models.target()
-    runner = ModelRunner(
-        target.model, num_blocks=_KV_BLOCKS, block_size=_KV_BLOCK, vocab_size=models.identity.vocab_size
-    )
+    runner = models.runner(target)
     points = []
     for capacity in capacities:
         directory = output / capacity.name
@@ -109,14 +105,7 @@ def _measured(
     models = Models(settings.model_copy(update={"student": student, "draft": None}))
     result = train(settings, models, dataset, directory)
     ref = directory_ref(result.draft)
-    loaded = load_draft(ref, target, tokenizer=models.tokenizer)
-    draft = ModelRunner(
-        loaded.model,
-        num_blocks=_KV_BLOCKS,
-        block_size=_KV_BLOCK,
-        vocab_size=models.identity.vocab_size,
-        output_ids=loaded.output_ids,
-    )
+    draft = models.draft_runner(ref, target)
     profile: CostProfile = measure_profile(runner, draft)
     comparison = compared(models, dataset, (capacity.name, ref), None, profile=profile)
     # below 1 too: by how much a size does not pay is what the sweep is asked
@@ -150,7 +139,7 @@ def _read_point(path: Path) -> Point:
 def _plot(points: Sequence[Point], path: Path) -> None:
     """α and predicted speed-up against what a draft pass costs, a dot per size."""
     with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
         for axes, name, values in zip(
             figure.subplots(1, 2),
             ("expected acceptance", "predicted speed-up over plain decoding"),
@@ -163,7 +152,4 @@ def _plot(points: Sequence[Point], path: Path) -> None:
             axes.set_xlabel("draft pass, in target passes")
             axes.set_ylabel(name)
             axes.grid(alpha=0.3)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format="png", dpi=120)
-        temporary.replace(path)
+        write_file(path, png(figure))

@@ -28,21 +28,9 @@ typedef struct {
 #define START(r)                                                                          \
   __m256 low##r = start ? _mm256_loadu_ps(start + r * stride) : _mm256_setzero_ps();      \
   __m256 high##r = start ? _mm256_loadu_ps(start + r * stride + 8) : _mm256_setzero_ps();
-#define STEP(r)                                                   \
-  {                                                               \
-    __m256 value = _mm256_broadcast_ss(x + r);                    \
-    low##r = _mm256_fmadd_ps(value, w_low, low##r);               \
-    high##r = _mm256_fmadd_ps(value, w_high, high##r);            \
-  }
 #define STORE(r)                            \
   _mm256_storeu_ps(y + r * n, low##r);      \
   _mm256_storeu_ps(y + r * n + 8, high##r);
-#define ROWS_1(DO) DO(0)
-#define ROWS_2(DO) ROWS_1(DO) DO(1)
-#define ROWS_3(DO) ROWS_2(DO) DO(2)
-#define ROWS_4(DO) ROWS_3(DO) DO(3)
-#define ROWS_5(DO) ROWS_4(DO) DO(4)
-#define ROWS_6(DO) ROWS_5(DO) DO(5)
 #define DEFINE_PANEL(ROWS)                                                                                        \
   AVX2 static void panel_##ROWS(const float *restrict x, const float *restrict w, long k, float *y, long n,       \
                                 const float *start, long stride) {                                                \
@@ -54,12 +42,7 @@ typedef struct {
     }                                                                                                             \
     ROWS_##ROWS(STORE)                                                                                            \
   }
-DEFINE_PANEL(1)
-DEFINE_PANEL(2)
-DEFINE_PANEL(3)
-DEFINE_PANEL(4)
-DEFINE_PANEL(5)
-DEFINE_PANEL(6)
+EACH_BLOCK(DEFINE_PANEL)
 
 static void linear_item(void *arg, long item) {
   const linear_job *job = arg;

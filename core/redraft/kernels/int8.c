@@ -36,21 +36,9 @@ INLINE __m256 finish(const int8_job *job, __m256 sum, long column) {
 #define START(r)                                                                  \
   __m256 low##r = resume ? _mm256_loadu_ps(y + r * job->n) : _mm256_setzero_ps(); \
   __m256 high##r = resume ? _mm256_loadu_ps(y + r * job->n + 8) : _mm256_setzero_ps();
-#define STEP(r)                                     \
-  {                                                 \
-    __m256 value = _mm256_broadcast_ss(x + r);      \
-    low##r = _mm256_fmadd_ps(value, w_low, low##r);  \
-    high##r = _mm256_fmadd_ps(value, w_high, high##r); \
-  }
 #define STORE(r)                                                                          \
   _mm256_storeu_ps(y + r * job->n, last ? finish(job, low##r, column) : low##r);          \
   _mm256_storeu_ps(y + r * job->n + 8, last ? finish(job, high##r, column + 8) : high##r);
-#define ROWS_1(DO) DO(0)
-#define ROWS_2(DO) ROWS_1(DO) DO(1)
-#define ROWS_3(DO) ROWS_2(DO) DO(2)
-#define ROWS_4(DO) ROWS_3(DO) DO(3)
-#define ROWS_5(DO) ROWS_4(DO) DO(4)
-#define ROWS_6(DO) ROWS_5(DO) DO(5)
 #define DEFINE_PANEL(ROWS)                                                                                           \
   AVX2 static void panel_##ROWS(const int8_job *job, const float *restrict x, const int8_t *restrict w, long steps,  \
                                 float *y, long column, int resume, int last) {                                      \
@@ -62,12 +50,7 @@ INLINE __m256 finish(const int8_job *job, __m256 sum, long column) {
     }                                                                                                                \
     ROWS_##ROWS(STORE)                                                                                               \
   }
-DEFINE_PANEL(1)
-DEFINE_PANEL(2)
-DEFINE_PANEL(3)
-DEFINE_PANEL(4)
-DEFINE_PANEL(5)
-DEFINE_PANEL(6)
+EACH_BLOCK(DEFINE_PANEL)
 
 /* One row over two panels at once: a single one leaves the multipliers waiting for their own sums. */
 AVX2 static void two_panels_1(const int8_job *job, long p) {

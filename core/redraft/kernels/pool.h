@@ -26,4 +26,21 @@ static inline long next_rows(long left) { return left <= 6 ? left : left <= 8 ? 
 /* x [m][k] with each block of rows transposed to [k][rows]; the caller has entered the pool. NULL: memory ran out. */
 INTERNAL const float *pack_rows(const float *x, long m, long k);
 
+/* The inner loops of linear layers, written out row by row because compilers keep an array of accumulators in memory:
+ * DO for rows 0 .. n - 1 of a block; the step of row r, for the weights w_low and w_high of 16 outputs, into the sums
+ * low##r and high##r; DEFINE for every size of block. */
+#define ROWS_1(DO) DO(0)
+#define ROWS_2(DO) ROWS_1(DO) DO(1)
+#define ROWS_3(DO) ROWS_2(DO) DO(2)
+#define ROWS_4(DO) ROWS_3(DO) DO(3)
+#define ROWS_5(DO) ROWS_4(DO) DO(4)
+#define ROWS_6(DO) ROWS_5(DO) DO(5)
+#define STEP(r)                                        \
+  {                                                    \
+    __m256 value = _mm256_broadcast_ss(x + r);         \
+    low##r = _mm256_fmadd_ps(value, w_low, low##r);    \
+    high##r = _mm256_fmadd_ps(value, w_high, high##r); \
+  }
+#define EACH_BLOCK(DEFINE) DEFINE(1) DEFINE(2) DEFINE(3) DEFINE(4) DEFINE(5) DEFINE(6)
+
 #endif

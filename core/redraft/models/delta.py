@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from redraft.errors import ChecksumMismatch, ModelError, ModelNotFound
-from redraft.files import atomic_directory, sha256_file
+from redraft.files import atomic_directory, sha256_file, write_file
 from redraft.models.checkpoint_files import copy_tokenizer, weight_files
 from redraft.models.quantised import DraftQuant, dequantise, quantise
 
@@ -68,8 +68,7 @@ def pack_delta(draft_dir: Path, target_dir: Path, output_file: Path, dtype: torc
         "files": files,
     }
     description = output_file.with_suffix(".json")
-    with _replacing(description) as fresh:
-        fresh.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_file(description, (json.dumps(content) + "\n").encode())
     return output_file.stat().st_size + description.stat().st_size
 
 

@@ -47,7 +47,12 @@ class LoadedModel:
     @property
     def draft_version(self) -> str:
         """A short name for a draft that no registry has named: the start of its weights' hash."""
-        return f"d-{self.weights_fingerprint.removeprefix('sha256:')[:12]}"
+        return unregistered_version(self.weights_fingerprint)
+
+
+def unregistered_version(fingerprint: str) -> str:
+    """`d-<hex>`: what a draft with these weights (`weights_fingerprint`) is called while no registry has named it."""
+    return f"d-{fingerprint.removeprefix('sha256:')[:12]}"
 
 
 def load_model(

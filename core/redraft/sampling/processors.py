@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redraft.sampling.params import SamplingParams
 
-_BANNED = torch.finfo(torch.float32).min  # finite: a row with everything banned is still a distribution
+BANNED = torch.finfo(torch.float32).min  # finite: a row with everything banned is still a distribution
 _CANDIDATES = (64, 1024)  # most probable ids looked at before a nucleus needs the whole vocabulary sorted
 
 
@@ -104,7 +104,7 @@ def _adjust_row_(scores: Tensor, row: SamplingRow) -> None:
         biases = torch.tensor([bias for _, bias in params.logit_bias], device=scores.device)
         scores.index_add_(0, _ids([token for token, _ in params.logit_bias], scores), biases)
     if row.banned_ids:
-        scores[_ids(row.banned_ids, scores)] = _BANNED
+        scores[_ids(row.banned_ids, scores)] = BANNED
 
 
 def _ids(ids: Sequence[int] | set[int] | Counter[int] | tuple[int, ...], like: Tensor) -> Tensor:
@@ -141,13 +141,13 @@ def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         rows = [params[i] for i in unresolved.tolist()]
         width = min(vocab_size, max(candidates, max(p.top_k for p in rows)))
         open_rows = probs if len(rows) == len(params) else probs[unresolved]
-        floor[unresolved] = _cutoffs(open_rows.topk(width, dim=1).values, rows, vocab_size)
+        floor[unresolved] = cutoffs(open_rows.topk(width, dim=1).values, rows, vocab_size)
     probs = torch.where(probs >= floor.unsqueeze(1), probs, 0.0)
     # in float64: a float32 sum of one long row is split among threads, and so rounds unlike that of several rows
     return probs / probs.sum(dim=1, keepdim=True, dtype=torch.float64).float()
 
 
-def _cutoffs(ranked: Tensor, params: Sequence[SamplingParams], vocab_size: int) -> Tensor:
+def cutoffs(ranked: Tensor, params: Sequence[SamplingParams], vocab_size: int) -> Tensor:
     """Smallest probability kept, per row [rows]; NaN where the nucleus reaches beyond the columns given.
 
     `ranked` [rows, width]: the `width` largest probabilities, descending.

@@ -9,6 +9,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from redraft.files import sync_directory
 from redraft.traffic.layout import TEMPORARY_SUFFIX
 
 
@@ -39,13 +40,4 @@ def _put_local(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes the rename itself survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)

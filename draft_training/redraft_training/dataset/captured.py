@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from redraft.sampling.processors import SamplingRow, _cutoffs
+from redraft.sampling.processors import SamplingRow, cutoffs
 from redraft_training.dataset.example import Label
 from redraft_training.dataset.penalties import adjusted_kept
 
@@ -165,7 +165,7 @@ def _truncated(
     in_order = (ranked > bound[:, None]).sum(1)  # leading ranks that are those of the whole vocabulary
     counted = (top_k >= vocab_size) | (top_k <= in_order)
     params = [row.params for row in rows]
-    floor = _cutoffs(torch.from_numpy(ranked).float(), params, vocab_size).double().numpy()
+    floor = cutoffs(torch.from_numpy(ranked).float(), params, vocab_size).double().numpy()
     relative = ranked[:, 0] * min_p  # alone it decides where rank and nucleus reach beyond the kept ids
     beyond = np.where(counted, np.isnan(floor), top_p >= 1.0)
     floor = np.where(beyond, relative, floor)

@@ -13,12 +13,10 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from redraft.sampling.processors import SamplingRow
+from redraft.sampling.processors import BANNED, SamplingRow
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-_BANNED = float(np.finfo(np.float32).min)
 
 
 def adjusted_kept(
@@ -43,7 +41,7 @@ def adjusted_kept(
     scores -= (output > 0) * presence[:, None] + output * frequency[:, None]
     bias, highest_bias = cells.bias([row.params.logit_bias for row in rows])
     scores += bias
-    scores[cells.count([row.banned_ids for row in rows]) > 0] = _BANNED
+    scores[cells.count([row.banned_ids for row in rows]) > 0] = BANNED
     outside = np.maximum(lowest, _repeated(lowest, penalty))
     outside += np.array([_largest_gain(row) for row in rows]) + highest_bias
     return scores, outside

@@ -32,14 +32,14 @@ def overview(panels: Sequence[Panel], title: str) -> bytes:
     figure.suptitle(title, fontsize=13, parse_math=False)
     for index, panel in enumerate(panels):
         panel(figure.add_subplot(rows, 2, index + 1))
-    return _png(figure)
+    return png(figure)
 
 
 def single(panel: Panel) -> bytes:
     """One panel, as PNG."""
     figure = Figure(figsize=(7.0, 3.7), dpi=_DPI, layout="constrained")
     panel(figure.add_subplot())
-    return _png(figure)
+    return png(figure)
 
 
 def loss_curve(axes: Axes, rows: Sequence[MetricsRow]) -> None:
@@ -142,7 +142,8 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A finished figure as a PNG."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
