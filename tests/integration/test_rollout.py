@@ -260,6 +260,7 @@ def test_a_broken_current_draft_at_the_start_gives_way_to_the_one_before(
     checkpoints: Checkpoints, url: Path, publisher: Publisher, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, broken = publisher.publish(POOR), publisher.publish(GOOD)
+    publisher.registry.activate(broken)
     next(url.rglob(f"{broken}/model.safetensors")).write_bytes(b"nothing")
     with rollout_server(rollout_config(checkpoints, url)) as served:
         assert served.active == old
@@ -267,6 +268,26 @@ def test_a_broken_current_draft_at_the_start_gives_way_to_the_one_before(
         for _ in range(2):
             served.rollout.tick()
         assert served.states() == {broken: "REFUSED", old: "ACTIVE"}
+
+
+def test_a_restart_serves_no_draft_that_nobody_has_tried(
+    checkpoints: Checkpoints, url: Path, publisher: Publisher
+) -> None:
+    old, new = publisher.publish(POOR), publisher.publish(GOOD)
+    config = rollout_config(checkpoints, url)
+    with rollout_server(config) as served:
+        assert served.active == old
+        served.tick_until("shadow", itertools.count())
+    with rollout_server(config) as served:
+        assert served.active == old
+        seeds = itertools.count()
+        served.tick_until("shadow", seeds)
+        served.tick_until("idle", seeds)
+        assert served.active == new
+    with rollout_server(config) as served:
+        assert served.active == new
+        served.rollout.tick()
+        assert served.rollout.state == "idle"
 
 
 def test_the_registry_vanishes_and_nobody_notices(checkpoints: Checkpoints, url: Path, publisher: Publisher) -> None:

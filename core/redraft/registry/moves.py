@@ -14,7 +14,8 @@ def on_publish(current: Current | None, version: str, expected: str | EllipsisTy
         return None
     check_expected(current, expected)
     check_not_pinned(current)
-    return Wanted(version, history_after(current, version), pinned=False, reason="published")
+    proven = None if current is None else current.proven or current.version
+    return Wanted(version, history_after(current, version), pinned=False, reason="published", proven=proven)
 
 
 def history_after(current: Current | None, version: str) -> tuple[str, ...]:

@@ -43,6 +43,8 @@ class Wanted:
     """Versions that were current before and may be again, oldest first."""
     pinned: bool
     reason: str
+    proven: str | None = None
+    """None: `version` itself."""
 
 
 class Current(BaseModel):
@@ -61,16 +63,24 @@ class Current(BaseModel):
     """What moved it: published, activated, the reason of a roll-back, ..."""
     history: Annotated[tuple[_Version, ...], Field(max_length=MAX_HISTORY)] = ()
     """Versions that were current before and may be again, oldest first; `previous` is the last."""
+    proven: _Version | None = None
+    """The last draft that a server promoted or somebody chose by hand; None in records of older versions. It differs
+    from `version` while that is published and not yet promoted: whatever starts in the meantime serves this one."""
     token: str = Field(min_length=1, max_length=64)
     """Random; tells a writer whether the record that exists is its own."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not all(is_version(version) for version in (self.version, *self.history)):
+        if not all(is_version(version) for version in (self.version, *self.history, self.proven or self.version)):
             raise ValueError("not a version")
         if self.previous != (self.history[-1] if self.history else None):
             raise ValueError("previous is not the last of history")
         return self
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether `version` was published and nothing has promoted it yet."""
+        return self.proven not in (None, self.version)
 
     def encode(self) -> bytes:
         """As indented JSON."""
@@ -143,6 +153,7 @@ class Pointer:
             updated_unix_s=self._clock(),
             reason=wanted.reason[:4096],
             history=history,
+            proven=wanted.proven or wanted.version,
             token=secrets.token_hex(8),
         )
 

@@ -53,11 +53,11 @@ def _prune_published(drafts: DraftFiles, pointer: Pointer, keep: int, now_unix_s
 def _fence(current: Current | None) -> Wanted | None:
     if current is None:
         return None
-    return Wanted(current.version, current.history, current.pinned, "pruned")
+    return Wanted(current.version, current.history, current.pinned, "pruned", current.proven)
 
 
 def _protected(current: Current | None) -> set[str]:
-    return set() if current is None else {current.version, *current.history[-1:]}
+    return set() if current is None else {current.version, *current.history[-1:], current.proven or current.version}
 
 
 def _retired(entry: DraftEntry, now_unix_s: float) -> DraftStatus:

@@ -23,23 +23,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
 from redraft.errors import ConfigError, RedraftError
 from redraft.files import sync_directory
+from redraft.object_store import PART_BYTES, explain, few_tries, is_local, is_misconfigured, is_missing_bucket, open_url
+from redraft.object_store import upload as upload_object
 from redraft.registry.errors import CorruptDraft, RegistryFull, RegistryUnavailable
 from redraft.registry.names import TEMPORARY_SUFFIX
 
 _Result = TypeVar("_Result")
 
 CHUNK_BYTES = 2**20
-RETRY_ATTEMPTS = 3
-RETRY_WAIT_S = 0.3  # the first wait is random below this, then below twice as much
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _OUR_MISTAKES = (TypeError, AttributeError, NameError, AssertionError)
 
@@ -55,11 +52,10 @@ class Storage:
     def __init__(self, url: str) -> None:
         self.shown_url = re.sub(r"//[^/@]*@", "//", url)  # credentials do not belong into messages
         try:
-            self._filesystem, root = fsspec.core.url_to_fs(url)
+            self._filesystem, self._root = open_url(url)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"cannot use {self.shown_url} as a draft registry: {error}") from error
-        self._root = root.rstrip("/")
-        self.is_local = isinstance(self._filesystem, LocalFileSystem)
+        self.is_local = is_local(self._filesystem)
         if self.is_local and not self._root:
             raise ConfigError("the draft registry needs a directory of its own, not the root of the disk")
 
@@ -79,10 +75,21 @@ class Storage:
         return data
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of a file of any size, in pieces. Not tried again: the caller may have used the first ones."""
-        with self._translated(f"read {name}"), self._filesystem.open(self._path(name), "rb") as file:
+        """The bytes of a file of any size, in pieces."""
+        if not self.is_local:
+            yield from self._remote_chunks(name)
+            return
+        with self._translated(f"read {name}"), open(self._path(name), "rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
+
+    def _remote_chunks(self, name: str) -> Iterator[bytes]:
+        """Each piece is one request, tried again by itself: a long file survives a short break."""
+        path, doing = self._path(name), f"read {name}"
+        size = self._try(lambda: int(self._filesystem.size(path)), doing)
+        for start in range(0, size, PART_BYTES):
+            end = min(start + PART_BYTES, size)
+            yield self._try(partial(self._filesystem.cat_file, path, start=start, end=end), doing)
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small file, or replace it."""
@@ -125,7 +132,7 @@ class Storage:
 
         def attempt() -> None:
             if not self.is_local:
-                self._filesystem.put_file(str(source), self._path(name))
+                upload_object(self._filesystem, source, self._path(name))
                 return
             with source.open("rb") as original:
                 _write_local(
@@ -205,36 +212,42 @@ class Storage:
 
         if self.is_local:
             return translated()
-        retrying = Retrying(
-            stop=stop_after_attempt(RETRY_ATTEMPTS),
-            wait=wait_random_exponential(multiplier=RETRY_WAIT_S, max=5.0),
-            retry=retry_if_exception(lambda error: type(error) is RegistryUnavailable),
-            reraise=True,
-        )
-        return retrying(translated)
+        return few_tries(_may_pass)(translated)
 
     @contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
         """Turn whatever a store raises into our errors. Remote stores raise exceptions of many libraries."""
         try:
             yield
-        except (RedraftError, FileNotFoundError, FileExistsError, NotImplementedError):
+        except (RedraftError, FileExistsError, NotImplementedError):
             raise
+        except FileNotFoundError as error:
+            if not is_missing_bucket(error):
+                raise
+            raise self._unavailable(doing, error) from error
         except PermissionError as error:
-            raise RegistryUnavailable(f"no permission to {doing} in the draft registry {self.shown_url}") from error
+            why = "" if self.is_local else f": {explain(error)}"
+            raise RegistryUnavailable(
+                f"no permission to {doing} in the draft registry {self.shown_url}{why}"
+            ) from error
         except OSError as error:
             if error.errno in _NO_SPACE:
                 raise RegistryFull(
                     f"cannot {doing}: no space left in the draft registry {self.shown_url}; "
                     "free some (`prune` deletes old drafts) and run it again"
                 ) from error
-            why = os.strerror(error.errno) if error.errno else type(error).__name__
-            raise RegistryUnavailable(f"cannot {doing} in the draft registry {self.shown_url}: {why}") from error
+            raise self._unavailable(doing, error) from error
         except Exception as error:
             if self.is_local or isinstance(error, _OUR_MISTAKES):
                 raise
-            why = type(error).__name__
-            raise RegistryUnavailable(f"cannot {doing} in the draft registry {self.shown_url}: {why}") from error
+            raise self._unavailable(doing, error) from error
+
+    def _unavailable(self, doing: str, error: Exception) -> RegistryUnavailable:
+        return RegistryUnavailable(f"cannot {doing} in the draft registry {self.shown_url}: {explain(error)}")
+
+
+def _may_pass(error: BaseException) -> bool:
+    return type(error) is RegistryUnavailable and not is_misconfigured(error.__cause__ or error)
 
 
 def sha256_chunks(chunks: Iterator[bytes], limit: int, write: Callable[[bytes], object] | None = None) -> str | None:

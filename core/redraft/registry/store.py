@@ -78,6 +78,11 @@ class DraftRegistry:
             self._check_still_there()
         return found
 
+    def refused_versions(self) -> tuple[str, ...]:
+        """Those that the gate refused, unordered: one request, no manifest is read."""
+        self._open()
+        return self._drafts.versions(REFUSED)
+
     def list(self) -> list[DraftEntry]:
         """All drafts, the refused ones too, newest first. One whose manifest is damaged is left out and logged."""
         self._open()
@@ -155,7 +160,7 @@ class DraftRegistry:
     # Moving CURRENT
 
     def activate(self, version: str, *, expected_current: str | None = None) -> Current:
-        """Make a published draft the current one, after verifying it; does nothing if it is.
+        """Make a published draft the current and proven one, after verifying it; does nothing if it is both.
 
         `expected_current` is the version that must be current (None: any or none). Raises `DraftNotFound`,
         `CorruptDraft`, `DraftWithdrawn` if it was refused, rolled back (`reinstate` it first) or retired,
@@ -166,7 +171,7 @@ class DraftRegistry:
         def decide(current: Current | None) -> Wanted | None:
             check_expected(current, expected_current if expected_current is not None else ...)
             self._check_published(version)
-            if current is not None and current.version == version:
+            if current is not None and current.version == version and not current.is_on_trial:
                 return None
             check_not_pinned(current)
             return Wanted(version, history_after(current, version), pinned=False, reason="activated")
@@ -193,7 +198,8 @@ class DraftRegistry:
             self.verify(history[-1])
             self._check_published(history[-1])
             self.mark_rolled_back(current.version, reason)
-            return Wanted(history[-1], history[:-1], pinned=False, reason=f"rolled back: {reason}")
+            proven = current.proven if current.is_on_trial else None  # else the earlier one is what somebody chose
+            return Wanted(history[-1], history[:-1], pinned=False, reason=f"rolled back: {reason}", proven=proven)
 
         return _existing(self._pointer.move(decide))
 
@@ -224,7 +230,7 @@ class DraftRegistry:
         def decide(current: Current | None) -> Wanted | None:
             if current is None or not current.pinned:
                 return None
-            return Wanted(current.version, current.history, pinned=False, reason="unpinned")
+            return Wanted(current.version, current.history, pinned=False, reason="unpinned", proven=current.proven)
 
         self._open()
         return self._pointer.move(decide)
@@ -246,8 +252,8 @@ class DraftRegistry:
     def prune(self, keep: int) -> tuple[str, ...]:
         """Delete all but the newest `keep` published and the newest `keep` refused drafts; return the deleted.
 
-        Never the current draft (so never a pinned one) nor the one before it. Also deletes what killed
-        processes left more than a day ago.
+        Never the current draft (so never a pinned one), the proven one, nor the one before the current. Also deletes
+        what killed processes left more than a day ago.
         """
         if keep < 0:
             raise ValueError(f"keep must be 0 or more, not {keep}")

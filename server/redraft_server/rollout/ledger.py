@@ -13,7 +13,7 @@ from redraft.registry.errors import (
     RegistryError,
     RegistryUnavailable,
 )
-from redraft.registry.manifest import DraftEntry, DraftState
+from redraft.registry.manifest import DraftEntry
 from redraft.registry.pointer import Current
 from redraft.registry.store import DraftRegistry
 from redraft.registry.watcher import Change, CurrentMoved, DraftRolledBack, RegistryPoller
@@ -62,6 +62,7 @@ class Ledger:
             self.failed("current", error)
         if not any(isinstance(error, AWAY) for error in poll.errors):
             self.flush()
+            self._count_refused()
         for change in poll.changes:
             if isinstance(change, CurrentMoved):
                 self.current = change.current
@@ -71,8 +72,6 @@ class Ledger:
         """All drafts, newest first; while the registry is away, as last read. Any thread."""
         try:
             self._entries = self._registry.list()
-            refused = sum(entry.state is DraftState.REFUSED for entry in self._entries)
-            self._metrics.rollout.set_refused(refused)
         except RegistryError as error:
             self.failed("list", error)
         return self._entries
@@ -83,8 +82,8 @@ class Ledger:
         self.withdrawn.discard(version)
 
     def confirm(self, version: str) -> None:
-        """A candidate has been promoted here: move CURRENT to it, unless somebody else has moved it."""
-        if self.current is not None and self.current.version == version:
+        """A candidate has been promoted here: make it current and proven, unless somebody else has moved CURRENT."""
+        if self.current is not None and self.current.version == version and not self.current.is_on_trial:
             return
         expected = None if self.current is None else self.current.version
         try:
@@ -132,6 +131,13 @@ class Ledger:
         while len(self.problems) >= _MAX_PROBLEMS:
             del self.problems[next(iter(self.problems))]
         self.problems[version] = reason
+
+    def _count_refused(self) -> None:
+        """At every look: a refusal is no change for the poller, and several in a row without any are an alert."""
+        try:
+            self._metrics.rollout.set_refused(len(self._registry.refused_versions()))
+        except RegistryError as error:
+            self.failed("list", error)
 
     def failed(self, operation: str, error: RedraftError) -> None:
         """Log and count."""

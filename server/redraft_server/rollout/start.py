@@ -42,6 +42,9 @@ class DraftSupply:
     def first(self, host: DraftHost) -> ResidentDraft | None:
         """The draft to start with: the registry's current one, else the one before it, else the configured one.
 
+        While the current one is still on trial somewhere, the last that was proven comes first: a restart must not
+        put a draft into service that nobody has tried.
+
         One that cannot be used is named in the log and passed over. Raises `ModelError` for the configured one only.
         """
         loader = self._loader(host)
@@ -69,8 +72,8 @@ class DraftSupply:
             return ()
         if current is None:
             return ()
-        before = () if current.previous is None else (current.previous,)
-        return (current.version, *before)
+        wanted = (current.proven or current.version, current.version, current.previous)
+        return tuple(dict.fromkeys(version for version in wanted if version is not None))
 
     def _loader(self, host: DraftHost) -> DraftLoader:
         root: Path = self._config.model.cache_dir or cache_directory()

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from redraft.registry import storage
+from redraft import object_store
 from redraft.registry.store import DraftRegistry
 from tests.unit.registry.fakes import Drafts
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "RETRY_WAIT_S", 0.0)
+    monkeypatch.setattr(object_store, "FIRST_WAIT_S", 0.0)
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -337,13 +337,14 @@ def test_pruned_while_it_is_fetched(memory_url: str, tmp_path: Path) -> None:
     drafts = Drafts(DraftRegistry(memory_url), tmp_path)
     for version in ("v1", "v2", "v3"):
         drafts.publish(version)
+    drafts.registry.activate("v3")  # so nothing protects the first any more
     other = DraftRegistry(memory_url)
 
-    def prune_at_open(name: str) -> None:
-        if name == "open":
+    def prune_at_first_read(name: str) -> None:
+        if name == "size":
             other.prune(0)
 
-    intercept(drafts.registry, prune_at_open)
+    intercept(drafts.registry, prune_at_first_read)
     with pytest.raises((DraftNotFound, CorruptDraft)) as caught:
         drafts.registry.fetch("v1", tmp_path / "out")
     assert caught.type is DraftNotFound

@@ -194,6 +194,30 @@ def test_roll_back_goes_through_the_history_and_never_in_circles(drafts: Drafts)
     assert registry.get("v1").state is DraftState.PUBLISHED
 
 
+def test_publishing_proves_nothing(drafts: Drafts) -> None:
+    registry = drafts.registry
+
+    def proven() -> tuple[str | None, bool]:
+        current = registry.current()
+        assert current is not None
+        return current.proven, current.is_on_trial
+
+    drafts.publish("v1")
+    assert proven() == ("v1", False)  # there was nothing better
+    drafts.publish("v2")
+    drafts.publish("v3")
+    assert proven() == ("v1", True)
+    registry.prune(keep=1)
+    assert set(registry.versions()) == {"v1", "v2", "v3"}  # proven, previous, current
+    registry.rollback(reason="slow", expected_current="v3")
+    assert (current_version(registry), proven()) == ("v2", ("v1", True))
+    generation = registry.activate("v2").generation
+    assert proven() == ("v2", False)
+    assert registry.activate("v2").generation == generation
+    registry.rollback(reason="slow after all", expected_current="v2")
+    assert (current_version(registry), proven()) == ("v1", ("v1", False))
+
+
 def test_roll_back_passes_over_what_was_rolled_back_elsewhere(drafts: Drafts) -> None:
     for version in ("v1", "v2", "v3"):
         drafts.publish(version)

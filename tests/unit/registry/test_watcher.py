@@ -92,6 +92,7 @@ def test_the_first_look_tells_what_matters_now(drafts: Drafts, registry: DraftRe
 def test_a_prune_or_a_fence_is_no_news(drafts: Drafts, poller: RegistryPoller) -> None:
     for version in ("v1", "v2", "v3"):
         drafts.publish(version)
+    drafts.registry.activate("v3")
     news(poller)
     assert drafts.registry.prune(0) == ("v1",)
     assert news(poller) == []
