@@ -28,10 +28,7 @@ def main(
     only: Annotated[str, typer.Option(help="Experiments to run, comma-separated.")] = _ALL,
 ) -> None:
     """Train and judge; print every result as it comes."""
-    pruned = FOLDER / "pruned"
-    if not pruned.exists():
-        init_draft(ModelRef.parse("demo"), pruned, layers=[0, 10, 20, 29])
-    first, day0 = ModelRef.parse(f"./{pruned}"), ModelRef.parse(general)
+    first, short, day0 = _pruned([0, 10, 20, 29]), _pruned([0, 29]), ModelRef.parse(general)
     bench = Bench()
     for name in only.split(","):
         if name == "domains":
@@ -39,12 +36,19 @@ def main(
         elif name == "drift":
             experiments.drift(bench, data, day0)
         elif name == "captured":
-            experiments.captured(bench, data, first)
+            experiments.captured(bench, data, short)
         elif name == "ablation":
-            experiments.ablation(bench, data, first)
+            experiments.ablation(bench, data, short)
         else:
             raise typer.BadParameter(f"{name} is none of {_ALL}", param_hint="--only")
     write(bench)
+
+
+def _pruned(layers: list[int]) -> ModelRef:
+    folder = FOLDER / f"pruned-{len(layers)}"
+    if not folder.exists():
+        init_draft(ModelRef.parse("demo"), folder, layers=layers)
+    return ModelRef.parse(f"./{folder}")
 
 
 if __name__ == "__main__":

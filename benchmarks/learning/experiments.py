@@ -12,22 +12,25 @@ from redraft.models.ref import ModelRef
 from redraft_training.cycle_models import directory_ref
 from redraft_training.dataset.example import Example
 
-DOMAINS = ("sql", "extract", "support", "math", "code")
-FAR_PAIRS = (("support", "sql"), ("math", "code_multi"))
+DOMAINS = ("sql", "extract", "support", "math", "code_multi")
+FAR_PAIRS = (("support", "sql"), ("extract", "math"))
 SKIP = 230  # the general draft was distilled from the first prompts of every domain
-CYCLE = 125  # requests of a cycle
+CYCLE = 100  # requests of a cycle
 CYCLES = (1, 2, 4)
+LONG_DOMAINS, LONG_CYCLES = ("sql",), (1, 2, 4, 10)
 NUM_EVALUATION = 60
+DRIFT_REQUESTS, REPLAYED = 200, 100
 CYCLE_SETTINGS = (
-    "distill.epochs=3",
+    "distill.epochs=2",
     "distill.batch_tokens=1024",
     "distill.learning_rate=0.0007",
     "student.vocab_size=16384",
 )
+ABLATION_DOMAINS, ABLATION_REQUESTS = ("sql", "support"), 80
 SHORT_SETTINGS = (
-    "distill.epochs=3",
-    "distill.batch_tokens=768",
-    "distill.learning_rate=0.001",
+    "distill.epochs=2",
+    "distill.batch_tokens=512",
+    "distill.learning_rate=0.0015",
     "student.vocab_size=8192",
 )
 SEEDS = (0, 1, 2)
@@ -36,7 +39,6 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "word_kd": ("how=forward_kl", "temperature=1.0"),
     "sequence_kd": ("what=sequences", "how=cross_entropy", "temperature=1.0"),
     "forward_kl at own sampling": ("how=forward_kl",),
-    "forward_kl, hard greedy": ("how=forward_kl", "greedy_targets=hard"),
     "reverse_kl": ("how=reverse_kl",),
     "jsd": ("how=jsd",),
     "tv": ("how=tv",),
@@ -44,8 +46,9 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "lk": ("how=lk",),
     "gkd, captured, lambda 0.5": ("how=jsd", "on_policy_fraction=0.5"),
     "distillspec, captured, lambda 1": ("how=forward_kl", "on_policy_fraction=1.0"),
+    "word_kd, captured, lambda 0.5": ("how=forward_kl", "temperature=1.0", "on_policy_fraction=0.5"),
+    "word_kd, captured, lambda 1": ("how=forward_kl", "temperature=1.0", "on_policy_fraction=1.0"),
     "gkd, rollouts, lambda 0.5": ("how=jsd", "on_policy_fraction=0.5", "on_policy_source=rollout"),
-    "gkd, rollouts, lambda 1": ("how=jsd", "on_policy_fraction=1.0", "on_policy_source=rollout"),
     "fitnets": ("what=features", "how=forward_kl", "temperature=1.0"),
     "rkd": ("what=relations", "how=forward_kl", "temperature=1.0"),
     "minillm": ("how=policy_gradient", "temperature=1.0", "on_policy_fraction=1.0", "on_policy_source=rollout"),
@@ -53,55 +56,72 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
 
 
 def domains(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> None:
-    """Each domain for itself: the pruned draft, the general one, and that one after 1, 2, 4 cycles."""
+    """Each domain for itself: the pruned draft, the general one, and that one after some cycles.
+
+    A cycle learns the requests since the last one, and replays as many of the earlier ones.
+    """
     for domain in DOMAINS:
+        cycles = LONG_CYCLES if domain in LONG_DOMAINS else CYCLES
         evaluation = load_traffic(data, domain, "e", NUM_EVALUATION)
-        traffic = load_traffic(data, domain, "t", CYCLE * CYCLES[-1], skip=SKIP)
+        traffic = load_traffic(data, domain, "t", CYCLE * cycles[-1], skip=SKIP)
         for name, draft in (("pruned", pruned), ("general", general)):
             key = f"domains/{domain}/{name}"
             if bench.known(key) is None:
                 bench.keep(key, asdict(bench.judge(draft, evaluation)))
         draft, seen = general, 0
-        for cycles in CYCLES:
-            name = f"domains-{domain}-{cycles}"
-            key = f"domains/{domain}/cycle {cycles}"
-            part = traffic[: CYCLE * cycles]
-            if bench.known(key) is None:
-                trained = bench.train(name, part, CYCLE_SETTINGS, draft)
-                seen += trained.tokens
-                judged = asdict(bench.judge(trained.draft, evaluation))
-                bench.keep(
-                    key,
-                    {
-                        **judged,
-                        "tokens": trained.tokens,
-                        "cpu_s": round(trained.cpu_seconds),
-                        "requests": len(part),
-                        "output_tokens": _outputs(part),
-                    },
-                )
-            draft = directory_ref(FOLDER / "runs" / name / "draft")
+        for cycle in cycles:
+            fresh = traffic[seen : CYCLE * cycle]
+            examples = [*fresh, *traffic[:seen][-len(fresh) :]]
+            draft = _learn(bench, f"domains/{domain}/cycle {cycle}", examples, draft, {domain: evaluation}, fresh)
+            seen = CYCLE * cycle
 
 
 def drift(bench: Bench, data: Path, general: ModelRef) -> None:
-    """A is learnt, then B with replay of A and without: what becomes of both."""
+    """A is learnt, then B with replay of A and without, then A again: what becomes of both."""
     for first, second in FAR_PAIRS:
+        pair = f"drift/{first} to {second}"
         evaluations = {name: load_traffic(data, name, "e", NUM_EVALUATION) for name in (first, second)}
-        parts = {name: load_traffic(data, name, "t", CYCLE * 4, skip=SKIP) for name in (first, second)}
-        name = f"drift-{first}-{second}"
-        stages: list[tuple[str, Sequence[Example], str | None]] = [
-            ("A", parts[first], None),
-            ("B with replay", [*parts[first][: CYCLE * 2], *parts[second]], "A"),
-            ("B without replay", parts[second], "A"),
-        ]
-        for stage, examples, before in stages:
-            key = f"drift/{first} to {second}/{stage}"
-            if bench.known(key) is None:
-                base = general if before is None else directory_ref(FOLDER / "runs" / f"{name}-{before}" / "draft")
-                trained = bench.train(f"{name}-{stage}", examples, CYCLE_SETTINGS, base)
-                bench.keep(
-                    key, {domain: asdict(bench.judge(trained.draft, own)) for domain, own in evaluations.items()}
-                )
+        traffic = {
+            name: load_traffic(
+                data, name, "t", CYCLE * (LONG_CYCLES if name in LONG_DOMAINS else CYCLES)[-1], skip=SKIP
+            )
+            for name in (first, second)
+        }
+        old, new = traffic[first][:DRIFT_REQUESTS], traffic[second][:DRIFT_REQUESTS]
+        again = traffic[first][DRIFT_REQUESTS : DRIFT_REQUESTS + CYCLE]
+        before = directory_ref(FOLDER / "runs" / f"domains-{first}-cycle_{DRIFT_REQUESTS // CYCLE}" / "draft")
+        if bench.known(f"{pair}/1 A") is None:
+            bench.keep(f"{pair}/1 A", {domain: asdict(bench.judge(before, own)) for domain, own in evaluations.items()})
+        _learn(bench, f"{pair}/2 B without replay", new, before, evaluations, new)
+        for start in range(0, DRIFT_REQUESTS, CYCLE):
+            fresh = new[start : start + CYCLE]
+            replayed = [*old[start : start + REPLAYED], *new[:start]]
+            key = f"{pair}/3 B with replay, {start + CYCLE} requests"
+            before = _learn(bench, key, [*fresh, *replayed], before, evaluations, fresh)
+        _learn(bench, f"{pair}/4 A again", [*again, *new[:REPLAYED]], before, evaluations, again)
+
+
+def _learn(
+    bench: Bench,
+    key: str,
+    examples: Sequence[Example],
+    base: ModelRef,
+    evaluations: dict[str, list[Example]],
+    fresh: Sequence[Example],
+) -> ModelRef:
+    """Train and judge, unless that was done; the draft."""
+    name = key.replace("/", "-").replace(" ", "_").replace(",", "")
+    if bench.known(key) is None:
+        trained = bench.train(name, examples, CYCLE_SETTINGS, base)
+        cost = {
+            "tokens": trained.tokens,
+            "cpu_s": round(trained.cpu_seconds),
+            "requests": len(fresh),
+            "output_tokens": _outputs(fresh),
+        }
+        judged = {domain: asdict(bench.judge(trained.draft, own)) for domain, own in evaluations.items()}
+        bench.keep(key, {**next(iter(judged.values())), **cost} if len(judged) == 1 else {**judged, "cost": cost})
+    return directory_ref(FOLDER / "runs" / name / "draft")
 
 
 def captured(bench: Bench, data: Path, pruned: ModelRef) -> None:
@@ -123,9 +143,13 @@ def ablation(bench: Bench, data: Path, pruned: ModelRef) -> None:
 
 
 def _small(data: Path) -> tuple[list[Example], list[Example]]:
-    """Evaluation and training examples of two domains."""
-    evaluation = [example for name in ("sql", "support") for example in load_traffic(data, name, "e", NUM_EVALUATION)]
-    traffic = [e for name in ("sql", "support") for e in load_traffic(data, name, "t", CYCLE * 4, skip=SKIP)[:CYCLE]]
+    """Evaluation and training examples of two domains; the latter with what the general draft proposed."""
+    evaluation = [example for name in ABLATION_DOMAINS for example in load_traffic(data, name, "e", NUM_EVALUATION)]
+    traffic = [
+        example
+        for name in ABLATION_DOMAINS
+        for example in load_traffic(data, name, "t", ABLATION_REQUESTS, skip=SKIP, draft="demo-draft")
+    ]
     return evaluation, traffic
 
 
@@ -138,7 +162,7 @@ def _trained_cell(
     base: ModelRef,
 ) -> None:
     if bench.known(key) is None:
-        trained = bench.train(key.replace("/", "-").replace(" ", "_"), traffic, overrides, base)
+        trained = bench.train(key.replace("/", "-").replace(" ", "_").replace(",", ""), traffic, overrides, base)
         judged = asdict(bench.judge(trained.draft, evaluation))
         bench.keep(key, {**judged, "tokens": trained.tokens, "cpu_s": round(trained.cpu_seconds)})
 

@@ -10,8 +10,16 @@ from benchmarks.learning.bench import Bench, K
 from benchmarks.machine import machine_line
 from benchmarks.report import RESULTS, table, write_page
 
-_COLUMNS = ("alpha_greedy", "alpha_sampled", "acceptance_rate", "mean_acceptance_length")
-_HEADER = ("α, T = 0", "α, T = 0.7", "acceptance rate", "acceptance length")
+_COLUMNS = (
+    "alpha_greedy",
+    "acceptance_rate",
+    "mean_acceptance_length",
+    "alpha_sampled",
+    "acceptance_rate_sampled",
+    "mean_acceptance_length_sampled",
+)
+_HEADER = ("α, T = 0", "acceptance", "length", "α, T = 0.7", "acceptance", "length")
+_COST = ("new requests", "their tokens", "tokens trained on", "CPU s", "tokens/s")
 
 
 def write(bench: Bench) -> None:
@@ -21,16 +29,17 @@ def write(bench: Bench) -> None:
         experiment, _, rest = key.partition("/")
         by_experiment[experiment][rest] = value
     parts = [
-        f"Acceptance rate and mean acceptance length: temperature 0, k = {K}, evaluation prompts replayed through the "
-        "server's own step. α: teacher-forced on the target's text, T = 0.7 with top-p 0.95."
+        f"Evaluation prompts, served by the target at temperature 0 (α, acceptance rate and mean acceptance length at "
+        f"k = {K}: exactly what the server does, token for token) and at 0.7 with top-p 0.95 (α teacher-forced, the "
+        "other two predicted from it). CPU s: processor time of the training, on one core that other jobs shared."
     ]
     if found := by_experiment.get("domains"):
         parts += [
             "## By domain and cycle",
-            table(("domain / draft", *_HEADER, "requests", "CPU s"), _domain_rows(found)),
+            table(("domain / draft", *_HEADER, *_COST), _domain_rows(found)),
         ]
     if found := by_experiment.get("drift"):
-        parts += ["## Drift", table(("pair / stage", "domain", *_HEADER), _drift_rows(found))]
+        parts += ["## Drift", table(("pair / stage", "domain", *_HEADER, *_COST), _drift_rows(found))]
     for name, title in (("captured", "Captured labels against a re-run target"), ("ablation", "Objectives")):
         if found := by_experiment.get(name):
             parts += [f"## {title}", table(("setting", "seeds", *_HEADER, "CPU s"), seed_rows(found))]
@@ -39,15 +48,29 @@ def write(bench: Bench) -> None:
 
 def _domain_rows(found: dict[str, Any]) -> list[list[str]]:
     order = {"pruned": 0, "general": 1}
-    keys = sorted(found, key=lambda key: (key.partition("/")[0], order.get(key.partition("/")[2], 2), key))
-    return [
-        [key, *_numbers(found[key]), str(found[key].get("requests", "")), str(found[key].get("cpu_s", ""))]
-        for key in keys
-    ]
+
+    def place(key: str) -> tuple[str, int]:
+        domain, _, draft = key.partition("/")
+        return domain, order[draft] if draft in order else 1 + int(draft.split()[-1])
+
+    return [[key, *_numbers(found[key]), *_cost(found[key])] for key in sorted(found, key=place)]
 
 
 def _drift_rows(found: dict[str, Any]) -> list[list[str]]:
-    return [[key, domain, *_numbers(judged)] for key, value in found.items() for domain, judged in value.items()]
+    return [
+        [key, domain, *_numbers(judged), *_cost(value.get("cost", {}))]
+        for key, value in sorted(found.items())
+        for domain, judged in value.items()
+        if domain != "cost"
+    ]
+
+
+def _cost(value: dict[str, Any]) -> list[str]:
+    """New requests and their output tokens, then what training took."""
+    if not value.get("tokens"):
+        return [""] * len(_COST)
+    shown = [f"{value[name]:,}" for name in ("requests", "output_tokens", "tokens", "cpu_s")]
+    return [*shown, f"{value['tokens'] / value['cpu_s']:.0f}"]
 
 
 def seed_rows(found: dict[str, Any]) -> list[list[str]]:

@@ -28,19 +28,22 @@ from redraft_training.dataset.select import to_example
 
 FOLDER = Path("build", "learning", "traffic")
 GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.95)
-MAX_NEW_TOKENS, MAX_PROMPT_TOKENS = 80, 300
-_RUNNING = 24
+MAX_NEW_TOKENS, MAX_PROMPT_TOKENS = 64, 300
+_RUNNING = 32
 _console = Console(stderr=True)
 
 
-def load_traffic(data: Path, domain: str, part: str, count: int, *, skip: int = 0) -> list[Example]:
+def load_traffic(
+    data: Path, domain: str, part: str, count: int, *, skip: int = 0, draft: str | None = None
+) -> list[Example]:
     """Examples of `count` prompts of one domain, served now if they were not before.
 
-    `part` is `t` (traffic) or `e` (evaluation). Both kinds of sampling are applied in turn.
+    `part` is `t` (traffic) or `e` (evaluation). Both kinds of sampling are applied in turn. Without a `draft` nothing
+    is proposed, so nothing is logged of what a draft would propose.
     """
-    folder = FOLDER / f"{domain}-{part}-{skip}-{count}"
+    folder = FOLDER / f"{domain}-{part}-{skip}-{count}{'' if draft is None else '-drafted'}"
     if not (folder / "complete").exists():
-        _serve(_lines(data, domain, part)[skip : skip + count], domain, folder)
+        _serve(_lines(data, domain, part)[skip : skip + count], domain, folder, draft)
         (folder / "complete").touch()
     records = TrafficReader(str(folder)).iter_records(on_problem=lambda _: None)
     return sorted((to_example(record) for record in records), key=lambda example: example.request_id)
@@ -52,16 +55,17 @@ def _lines(data: Path, domain: str, part: str) -> list[dict[str, str]]:
     return [line for line in lines if line["id"].startswith(f"{domain}-{part}")]
 
 
-def _serve(lines: Sequence[dict[str, str]], domain: str, folder: Path) -> None:
+def _serve(lines: Sequence[dict[str, str]], domain: str, folder: Path, draft: str | None) -> None:
+    proposer = "none" if draft is None else "draft_model"
     config = ServerConfig.model_validate(
         {
-            "model": {"target": "demo"},
+            "model": {"target": "demo", "draft": draft},
             "engine": {
                 "max_running_requests": _RUNNING,
                 "kv_cache_tokens": 2 * _RUNNING * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS),
                 "max_waiting_requests": len(lines),
             },
-            "speculation": {"proposer": "none"},
+            "speculation": {"proposer": proposer, "adaptive": False},
             "traffic_log": {"url": str(folder)},
         }
     )
