@@ -9,6 +9,7 @@ from rich.table import Table
 
 from redraft_client.cli_chat import chat_command
 from redraft_client.cli_drafts import drafts_app
+from redraft_client.cli_keys import keys_app
 from redraft_client.cli_stats import stats_command
 from redraft_client.cli_support import connected, out_console, write
 from redraft_client.client import Client
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("chat")(chat_command)
 app.command("stats")(stats_command)
 app.add_typer(drafts_app, name="drafts")
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()

@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 fault of the server; 2 wrong usage, or a request that the 
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,8 @@ import typer
 from rich.console import Console
 
 from redraft_client import errors
-from redraft_client.channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, Tls
+from redraft_client.channel import API_KEY_VARIABLE, DEFAULT_ADDRESS, DEFAULT_TIMEOUT, Tls
 from redraft_client.client import Client
-
-API_KEY_VARIABLE = "REDRAFT_API_KEY"
 
 EXIT_SERVER_ERROR = 1
 EXIT_USAGE = 2
@@ -40,7 +37,7 @@ _EXIT_CODES: tuple[tuple[type[errors.RedraftClientError], int, str], ...] = (
         EXIT_UNAVAILABLE,
         "is the server running? check --address, REDRAFT_ADDRESS and the TLS options",
     ),
-    (errors.ResourceExhaustedError, EXIT_UNAVAILABLE, "the server is full; try again later"),
+    (errors.ResourceExhaustedError, EXIT_UNAVAILABLE, "try again later"),
     (errors.DeadlineExceededError, EXIT_DEADLINE, "raise --timeout or ask for fewer tokens"),
     (errors.UnauthenticatedError, EXIT_NOT_ALLOWED, f"set {API_KEY_VARIABLE} to a valid key"),
     (errors.PermissionDeniedError, EXIT_NOT_ALLOWED, f"use a key with this right in {API_KEY_VARIABLE}"),
@@ -111,25 +108,28 @@ def _connection_options(
     tls_key: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="PEM file of the client's key")
     ] = None,
+    tls_server_name: Annotated[
+        str | None, typer.Option(help="Name in the server's certificate, if it is not the address's (port-forward)")
+    ] = None,
 ) -> Client:
     return Client(
         address,
-        tls=_tls(tls, tls_ca, tls_cert, tls_key),
-        # Only from the environment: a flag would show the key in the process list.
-        api_key=os.environ.get(API_KEY_VARIABLE),
+        tls=_tls(tls, tls_ca, tls_cert, tls_key, tls_server_name),
+        # The API key comes only from the environment: a flag would show it in the process list.
         tenant=tenant,
         timeout=timeout,
     )
 
 
-def _tls(tls: bool, ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
-    if not (tls or ca or cert or key):
+def _tls(tls: bool, ca: Path | None, cert: Path | None, key: Path | None, server_name: str | None) -> Tls | None:
+    if not (tls or ca or cert or key or server_name):
         return None
     try:
         return Tls(
             root_certificates=ca.read_bytes() if ca else None,
             certificate_chain=cert.read_bytes() if cert else None,
             private_key=key.read_bytes() if key else None,
+            server_name=server_name,
         )
     except ValueError:
         fail("--tls-cert and --tls-key go together", EXIT_USAGE)

@@ -81,9 +81,12 @@ class Stream(Iterator[StreamChunk]):
 class Client:
     """Calls a redraft server.
 
-    address: `host:port`, or `dns:///name:port` to spread calls over all addresses of a name.
-    tls: None connects in clear. api_key: sent as bearer token. tenant: whom the calls are made for; the server
-    is fair between tenants and keeps the name in its traffic log. timeout: deadline in seconds of calls that
+    address: `host:port`, or several servers to spread calls over: `dns:///name:port`, all addresses of a name, or
+    `ipv4:1.2.3.4:50051,1.2.3.5:50051`. Of several, those that are not ready are left out, and UnavailableError means
+    that none is.
+    tls: None connects in clear. api_key: sent as bearer token; None takes it from REDRAFT_API_KEY, "" sends none.
+    tenant: whom the calls are made for, if the server does not know it from the key; it is fair between tenants
+    and keeps the name in its traffic log. timeout: deadline in seconds of calls that
     give none; None waits for ever. channel: use this channel instead of opening one (it stays the caller's
     to close); address and tls are then unused.
 

@@ -6,12 +6,12 @@
     ├── FailedPreconditionError    the server's state forbids it; `violations` says what
     ├── AlreadyExistsError         a request with this request_id is running
     ├── AbortedError               lost a race with another change; read the state again and decide
-    ├── ResourceExhaustedError     queue or memory full; wait `retry_after` seconds
+    ├── ResourceExhaustedError     queue or memory full, or the tenant at a limit; wait `retry_after` seconds
     ├── UnavailableError           no connection, model loading, server draining; wait `retry_after`
     ├── DeadlineExceededError      the timeout passed
     ├── CancelledError             the call was cancelled
-    ├── UnauthenticatedError       API key missing or wrong
-    ├── PermissionDeniedError      API key without this right
+    ├── UnauthenticatedError       API key missing, unknown or expired
+    ├── PermissionDeniedError      API key without this right, or of another tenant
     ├── UnimplementedError         the server does not have this feature
     ├── InternalError              a fault of the server
     └── ProtocolError              the server's answer breaks the rules of the API
@@ -80,7 +80,7 @@ class _RetryableError(RedraftClientError):
 
 
 class ResourceExhaustedError(_RetryableError):
-    """The server is full."""
+    """The server is full, or the tenant has used up what it may."""
 
 
 class UnavailableError(_RetryableError):
@@ -96,11 +96,11 @@ class CancelledError(RedraftClientError):
 
 
 class UnauthenticatedError(RedraftClientError):
-    """The API key is missing or wrong."""
+    """The API key is missing, unknown or expired."""
 
 
 class PermissionDeniedError(RedraftClientError):
-    """The API key does not allow this call."""
+    """The API key does not allow this call, or not for this tenant."""
 
 
 class UnimplementedError(RedraftClientError):

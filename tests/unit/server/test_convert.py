@@ -34,7 +34,7 @@ LIMITS = LimitsConfig(max_new_tokens=1000, max_n=4, max_logprobs=5)
 
 def parse(generation: pb.Generation, *, info: Any = INFO) -> EngineRequest:
     """Both stages, with the fake tokenizer."""
-    parsed = convert.parse_generation(generation, info, LIMITS)
+    parsed = convert.parse_generation(generation, info, LIMITS, own_id="own")
     match parsed.prompt:
         case convert.TextPrompt(text=text):
             ids = FakeTokenizer().encode(text)
@@ -42,7 +42,7 @@ def parse(generation: pb.Generation, *, info: Any = INFO) -> EngineRequest:
             ids = list(token_ids)
         case convert.ChatPrompt(messages=messages):
             ids = [b for _, content in messages for b in content.encode()]
-    return convert.to_engine_request(parsed, ids, info, LIMITS, deadline=1.0, tenant="t")
+    return convert.to_engine_request(parsed, ids, info, LIMITS, deadline=1.0, tenant="t", may_log=True)
 
 
 def fields_of(error: StatusError) -> list[str]:
@@ -248,7 +248,7 @@ def test_a_bad_tenant(value: str | bytes) -> None:
 @pytest.mark.parametrize("domain", ["a b", "x" * 65, "ü", "a/b", "a\n"])
 def test_a_bad_domain(domain: str) -> None:
     with pytest.raises(StatusError) as caught:
-        convert.parse_generation(pb.Generation(text="x", domain=domain), INFO, LIMITS)
+        convert.parse_generation(pb.Generation(text="x", domain=domain), INFO, LIMITS, own_id="own")
     assert fields_of(caught.value) == ["generation.domain"]
 
 
