@@ -21,7 +21,7 @@ from redraft.models.ref import ModelRef
 from redraft.registry.errors import CurrentChanged, RegistryUnavailable, WrongTarget
 from redraft.registry.manifest import check_target
 from redraft.registry.store import DraftRegistry
-from redraft_training.cycle_data import Attempts, gather, replay_settings
+from redraft_training.cycle_data import Attempts, forget_erased, gather, replay_settings
 from redraft_training.cycle_models import Models, directory_ref
 from redraft_training.cycle_state import COMPARISON, CYCLE, DECISION, RESULT, TRAINED, Workspace
 from redraft_training.dataset.errors import DatasetUnreadable, NotEnoughData
@@ -102,6 +102,7 @@ def run_cycle(settings: CycleSettings, *, say: Say = lambda _: None) -> CycleRes
     settings.require_registry()
     workspace = Workspace(settings.work_dir)
     with workspace.locked():
+        forget_erased(settings, workspace, say)
         return _Cycle(settings, workspace, say).run()
 
 
@@ -157,7 +158,7 @@ class _Cycle:
         current = self._registry.current()
         self._say("reading the traffic log")
         mixture = gather(
-            self._settings, self._models.identity, self._replay, Attempts.of(self._registry.list()), until=now
+            self._settings, self._models.identity, self._replay, Attempts.of(self._registry.list()), now=now
         )
         dataset = mixture.dataset
         begun = _Begun(self._identity(), now, None if current is None else current.version)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 from redraft.errors import ConfigError
 from redraft.registry.manifest import DraftEntry, DraftState
+from redraft.traffic.erasure import erasures_of
+from redraft_training.cycle_state import Erased, Workspace
 from redraft_training.dataset.errors import NotEnoughData
 from redraft_training.dataset.example import Example
 from redraft_training.dataset.read import Dataset, read_dataset
@@ -43,17 +45,32 @@ def _watermark(training: dict[str, Any]) -> float:
     return float(newest) if isinstance(newest, int | float) else -math.inf
 
 
-def read_traffic(settings: CycleSettings, identity: TargetIdentity, *, until: float = math.inf) -> Dataset:
-    """The selected part of the log, up to `until`. Raises what `read_dataset` raises, ConfigError for a bad URL."""
-    selection = settings.selection
-    if until < math.inf:
-        selection = replace(selection, until=until if selection.until is None else min(selection.until, until))
+def read_traffic(settings: CycleSettings, identity: TargetIdentity, *, now: float = math.inf) -> Dataset:
+    """The selected part of the log, up to `now`. Raises what `read_dataset` raises, ConfigError for a bad URL."""
     url = settings.require_traffic()
     try:
-        return read_dataset(url, identity, selection)
+        return read_dataset(url, identity, settings.selection, now=now)
     except (ValueError, ImportError) as error:
         # of fsspec, for the URL; a record that is damaged is skipped
         raise ConfigError(f"cannot use --traffic as a traffic log: {error}") from error
+
+
+def forget_erased(settings: CycleSettings, workspace: Workspace, say: Callable[[str], None]) -> Erased:
+    """Take out of the work directory what was erased from the log; return how much that was.
+
+    For the holder of the directory's lock. Raises OSError, DatasetUnreadable, `ErasureUnreadable`, ConfigError for a
+    bad URL.
+    """
+    try:
+        erasures = erasures_of(settings.require_traffic())
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"cannot use --traffic as a traffic log: {error}") from error
+    gone = workspace.erase(erasures)
+    if gone.replay:
+        say(f"{gone.replay:,} examples were erased from the log: they left the replay memory")
+    if gone.cycle:
+        say(f"{gone.cycle:,} examples of the cycle under way were erased from the log")
+    return gone
 
 
 def replay_settings(data: DataSettings) -> ReplaySettings:
@@ -67,10 +84,10 @@ def replay_settings(data: DataSettings) -> ReplaySettings:
 
 
 def gather(
-    settings: CycleSettings, identity: TargetIdentity, replay: Replay, attempts: Attempts, until: float
+    settings: CycleSettings, identity: TargetIdentity, replay: Replay, attempts: Attempts, now: float
 ) -> Mixture:
     """Traffic and memory. Raises NotEnoughData if a cycle is not worth while, or could not be judged at its end."""
-    dataset = read_traffic(settings, identity, until=until)
+    dataset = read_traffic(settings, identity, now=now)
     require_news(dataset, attempts.newest_unix_s, settings.data.min_new_tokens)
     mixture = replay.mix(dataset, settings.selection)
     mixture.dataset.require(training=1, held_out=1)

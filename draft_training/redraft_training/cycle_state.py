@@ -21,11 +21,15 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from redraft.errors import RedraftError
 from redraft.files import write_file
+from redraft.traffic.erasure import Erasures
+from redraft_training.dataset.replay import erase_remembered
+from redraft_training.dataset.store import erase_dataset, num_covered
 
 SCHEMA_VERSION = 1
 CYCLE, TRAINED, COMPARISON = "cycle.json", "trained.json", "comparison.json"
@@ -36,6 +40,15 @@ _BULKY = ("registry", "base", "distill/base", "distill/checkpoints")
 
 class WorkDirBusy(RedraftError):
     """Another process is at work in the directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """Examples that had to go: from the replay memory, from the cycle under way, from a data set of `distill`."""
+
+    replay: int
+    cycle: int
+    by_hand: int
 
 
 class Workspace:
@@ -96,6 +109,23 @@ class Workspace:
     def forget(self, name: str) -> None:
         """Have a stage done again."""
         (self.directory / name).unlink(missing_ok=True)
+
+    def erase(self, erasures: Erasures) -> Erased:
+        """Take out of the traffic kept here what the erasures cover.
+
+        A cycle that learns from any of it begins anew; of one that has its result, only the memory is still needed.
+        May be interrupted and called again. Raises OSError, and DatasetUnreadable for a file that cannot be searched.
+        """
+        if not erasures:
+            return Erased(0, 0, 0)
+        in_cycle = num_covered(self.memory, erasures) + num_covered(self.dataset, erasures)
+        if in_cycle and self.read(RESULT) is None:
+            shutil.rmtree(self.directory)
+        elif in_cycle:
+            shutil.rmtree(self.dataset, ignore_errors=True)
+            erase_dataset(self.memory, erasures)
+        by_hand = erase_dataset(self._work_dir / "dataset", erasures)
+        return Erased(erase_remembered(self.replay, erasures), in_cycle, by_hand)
 
     def finish(self) -> None:
         """The cycle becomes the last one. May be interrupted and called again."""

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from redraft.errors import ConfigError
 from redraft.registry.store import DraftRegistry
+from redraft.traffic.erasure import erasures_of
 from redraft.traffic.reader import TrafficReader
 from redraft.traffic.record import TrafficRecord
 from redraft_training.cycle import CycleResult, Outcome, Say, run_cycle
-from redraft_training.cycle_data import Attempts
+from redraft_training.cycle_data import Attempts, forget_erased
 from redraft_training.cycle_state import Workspace
 from redraft_training.distill.errors import TrainingDiverged
 from redraft_training.drift import DriftDetector
@@ -121,12 +122,18 @@ def follow(
     workspace = Workspace(settings.work_dir)
     follower: Follower | None = None
     cycles = failures = 0
+    forgotten: frozenset[str] = frozenset()  # erasures that the work directory knows of
     while not stop.is_set() and (max_cycles is None or cycles < max_cycles):
         try:
             if follower is None:
                 attempts = Attempts.of(registry.list())
                 follower = Follower(reader, wanted, detector or DriftDetector(), attempts)
             follower.read()
+            erasures = erasures_of(settings.require_traffic()).names
+            if erasures != forgotten:
+                with workspace.locked():
+                    forget_erased(settings, workspace, say)
+                forgotten = erasures
             reason = "the last one was interrupted" if workspace.is_under_way else follower.trigger
             if reason is not None:
                 say(f"starting a cycle: {reason}")

@@ -17,11 +17,14 @@ from math import ceil
 from typing import Any
 from uuid import UUID
 
-import fsspec
-
+from redraft.object_store import ask, is_local, open_url
 from redraft.traffic.record import SCHEMA_VERSION
 
 TEMPORARY_SUFFIX = ".tmp"
+PROBE = ".writable"
+"""An empty file under the root, written when a server starts, to learn whether it can."""
+ERASURES = "erasures"
+"""Directory under the root with what was asked to be deleted, see `redraft.traffic.erasure`."""
 
 _SHARD = re.compile(
     r"v(?P<version>\d+)/dt=\d{4}-\d{2}-\d{2}/hour=\d{2}/"
@@ -59,23 +62,36 @@ def open_root(url: str) -> tuple[Any, str]:
 
     Raises ValueError for a protocol that fsspec does not know, ImportError if its package is missing.
     """
-    filesystem, root = fsspec.core.url_to_fs(url)
-    return filesystem, root.rstrip("/")
+    return open_url(url)
+
+
+def parse_shard_name(name: str, num_bytes: int, path: str) -> LogFile | None:
+    """What a name under the root says of its file; None if it is not one of ours."""
+    match = _SHARD.fullmatch(name)
+    if match is None:
+        return None
+    written = (UUID(match["uuid"]).int >> 80) / 1000
+    return LogFile(path, int(match["version"]), written, num_bytes, match["temporary"] is not None)
 
 
 def list_files(filesystem: Any, root: str) -> tuple[list[LogFile], list[str]]:
     """All files under the root: ours, oldest first, and the paths of foreign ones. A missing root is empty.
 
-    Raises OSError when the store cannot be listed.
+    Raises OSError when the store cannot be listed, a bucket that does not exist included.
     """
     filesystem.invalidate_cache(root)
+
+    def find() -> dict[str, Any]:
+        found: dict[str, Any] = filesystem.find(root, detail=True)
+        return found
+
+    infos = find() if is_local(filesystem) else ask(f"list {root}", find)
     ours, foreign = [], []
-    for path, info in filesystem.find(root, detail=True).items():
-        match = _SHARD.fullmatch(path.removeprefix(root).lstrip("/"))
-        if match is None:
+    for path, info in infos.items():
+        name = path.removeprefix(root).lstrip("/")
+        file = parse_shard_name(name, info.get("size") or 0, path)
+        if file is not None:
+            ours.append(file)
+        elif name != PROBE and not name.startswith(f"{ERASURES}/"):
             foreign.append(path)
-            continue
-        written = (UUID(match["uuid"]).int >> 80) / 1000
-        temporary = match["temporary"] is not None
-        ours.append(LogFile(path, int(match["version"]), written, info.get("size") or 0, temporary))
     return sorted(ours, key=lambda file: (file.written_unix_s, file.path)), sorted(foreign)

@@ -11,8 +11,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from redraft.object_store import StoreUnavailable
+from redraft.traffic.erasure import read_erasures
 from redraft.traffic.layout import LogFile, list_files, open_root
 from redraft.traffic.record import ARROW_SCHEMA, SCHEMA_VERSION, SCHEMA_VERSION_KEY, TrafficRecord
+from redraft.traffic.shard import open_shard
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +64,11 @@ OnProblem = Callable[[Problem], None]
 
 
 class TrafficReader:
-    """Reads the log at `url`, a directory or any fsspec URL; holds a few hundred records at a time.
+    """Reads the log at `url`, a directory or any fsspec URL; holds a few hundred records (remotely a shard) at a time.
 
     Raises ValueError or ImportError for a URL that fsspec cannot open. The reading methods raise OSError only
-    if the store cannot be listed; a missing directory is an empty log.
+    if the store cannot be listed, or an object store not read: a shard that did not arrive is not taken for a torn
+    one. A missing directory is an empty log.
     """
 
     def __init__(self, url: str) -> None:
@@ -75,17 +79,20 @@ class TrafficReader:
     ) -> Iterator[TrafficRecord]:
         """Records with `since <= created_unix_s < until`, shards oldest first.
 
-        Each problem goes to `on_problem`; without one it is logged. Order within the log is that of writing,
-        so `created_unix_s` is only roughly ascending, across replicas too.
+        What an erasure on record covers is left out, whatever shard it is in (see `redraft.traffic.erasure`; raises
+        its `ErasureUnreadable`). Each problem goes to `on_problem`; without one it is logged. Order within the log
+        is that of writing, so `created_unix_s` is only roughly ascending, across replicas too.
         """
         report = _log_problem if on_problem is None else on_problem
         first = float("-inf") if since is None else since
         last = float("inf") if until is None else until
+        erased = read_erasures(self._filesystem, self._root)
         for file in self._shards(report):
             # A shard is named after its records were made, so an older shard has nothing to give.
             if file.written_unix_s >= first:
                 for record in self._read(file, report, lambda _: None):
-                    if first <= record.created_unix_s < last:
+                    created = record.created_unix_s
+                    if first <= created < last and not erased.cover(record.request_id, record.tenant, created):
                         yield record
 
     def scan(self) -> ScanReport:
@@ -114,7 +121,7 @@ class TrafficReader:
     ) -> Iterator[TrafficRecord]:
         bad_rows: Counter[str] = Counter()
         try:
-            with self._filesystem.open(file.path, "rb") as stream:
+            with open_shard(self._filesystem, file.path) as stream:
                 parquet = pq.ParquetFile(stream, page_checksum_verification=True)
                 mismatch = _schema_mismatch(parquet.schema_arrow)
                 if mismatch is not None:
@@ -124,6 +131,8 @@ class TrafficReader:
         except FileNotFoundError:
             report(Problem(file.path, "vanished", "deleted while the log was read"))
             return
+        except StoreUnavailable:
+            raise
         except (pa.ArrowException, OSError, EOFError) as error:
             report(Problem(file.path, "torn", f"{type(error).__name__}: {str(error).splitlines()[0]}"))
             return

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from redraft.object_store import is_unreachable
 from redraft.traffic.layout import LogFile, list_files, open_root
 
 logger = logging.getLogger(__name__)
@@ -63,12 +64,15 @@ def _expired(shards: list[LogFile], max_age_s: float | None, max_bytes: int | No
 
 def _delete(filesystem: Any, files: list[LogFile], failed: list[str]) -> tuple[str, ...]:
     deleted = []
-    for file in files:
+    for index, file in enumerate(files):
         try:
             filesystem.rm_file(file.path)
         except FileNotFoundError:
             continue
-        except Exception:  # every store raises its own kinds; one file must not protect the others
+        except Exception as error:  # every store raises its own kinds; one file must not protect the others
+            if is_unreachable(error):  # each of them would take as long to fail
+                failed += [left.path for left in files[index:]]
+                break
             failed.append(file.path)
         else:
             deleted.append(file.path)

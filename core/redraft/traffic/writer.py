@@ -1,6 +1,6 @@
 """Writes traffic records to Parquet shards on a thread of its own; serving never waits for it.
 
-    engine thread ── offer ──→ bounded queue ──→ writer thread: redact → encode → gather → shard
+    engine thread ── offer ──→ bounded queue ──→ writer thread: redact → encode → gather → shard ──→ store
 
 Memory is bounded by the queue (`max_queue_records` and `max_queue_bytes`) plus the shard being gathered
 (`roll_bytes`, held a few times over while it is compressed). Whatever does not fit or cannot be stored is
@@ -21,38 +21,41 @@ from contextlib import suppress
 from typing import Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from redraft.traffic.layout import new_shard_name, open_root
+from redraft.traffic.layout import new_shard_name
 from redraft.traffic.record import ARROW_SCHEMA, TrafficRecord
 from redraft.traffic.redaction import Redactor
-from redraft.traffic.store import put_whole
+from redraft.traffic.shard import ROWS_PER_GROUP, encode_shard
+from redraft.traffic.store import DirectStore, ShardStore
 
 logger = logging.getLogger(__name__)
 
 DROP_REASONS = (
     "queue_full",  # the writer or the store is slower than the traffic
     "too_large",  # larger than the whole queue may be
-    "redacted",  # the redactor said so
     "redaction_error",  # the redactor raised: fails closed
     "invalid_record",  # does not fit the schema, e.g. an id beyond 32 bits
-    "write_error",  # the store refused a shard, after retries
+    "write_error",  # the disk (or a store without a spool) refused a shard, after retries
+    "spool_full",  # the object store was away for longer than the spool lasts: the oldest went
+    "spool_damaged",  # a shard in the spool could not be read; counts as one, as nobody knows how many it had
     "closed",  # offered after close, or still queued when close ran out of time
 )
 
 _RETRY_DELAYS_S = (0.5, 2.0)
 _WARN_INTERVAL_S = 60.0
-_ROWS_PER_GROUP = 256
 
 
 class TrafficObserver(Protocol):
     """Counts what becomes of records; called on the engine's and the writer's thread, so never slow."""
 
     def observe_traffic_records(self, result: str, count: int) -> None:
-        """`result` is `written`, `dropped` or `sampled_out`."""
+        """`result` is `written`, `dropped`, or what kept it out on purpose: `sampled_out`, `excluded` or `redacted`."""
 
     def observe_traffic_dropped(self, reason: str, count: int) -> None:
         """`reason` is one of `DROP_REASONS`."""
+
+    def observe_traffic_redacted(self, pattern: str, count: int) -> None:
+        """Records withheld because of what is in their text, by the name of the pattern that found it."""
 
     def observe_traffic_flush(self, num_bytes: int, seconds: float, unix_s: float) -> None:
         """A shard of `num_bytes` reached the store at `unix_s`, in `seconds`."""
@@ -61,16 +64,17 @@ class TrafficObserver(Protocol):
 class TrafficWriter:
     """Owns the queue and the writing thread, from construction to `close`.
 
-    `url` is a directory or any fsspec URL. `sample_rate` in [0, 1] keeps that share of requests, chosen by a
-    hash of the request id: all samples of a request share their fate, on every replica and every retry.
-    `clock` gives Unix seconds and names the shards. Raises ValueError for a bad URL or rate, ImportError when
+    `store` is a directory or any fsspec URL to write to, or a `redraft.traffic.spool.Spool` on the way to an object
+    store; the caller closes a spool, after the writer. `sample_rate` in [0, 1] keeps that share of requests, chosen
+    by a hash of the request id: all samples of a request share their fate, on every replica and every retry. `clock`
+    gives Unix seconds and names the shards. Raises ValueError for a bad URL or rate, ImportError when
     the URL's protocol needs a package that is not installed; a store that cannot be reached is no error here,
     only a cause of drops.
     """
 
     def __init__(
         self,
-        url: str,
+        store: str | ShardStore,
         observer: TrafficObserver,
         *,
         max_queue_records: int = 1024,
@@ -83,7 +87,7 @@ class TrafficWriter:
     ) -> None:
         if not 0.0 <= sample_rate <= 1.0:
             raise ValueError(f"sample_rate must be in [0, 1], not {sample_rate}")
-        self._filesystem, self._root = open_root(url)
+        self._store = DirectStore(store) if isinstance(store, str) else store
         self._observer = observer
         self._max_queue_records, self._max_queue_bytes = max_queue_records, max_queue_bytes
         self._roll_bytes, self._roll_seconds = roll_bytes, roll_seconds
@@ -208,21 +212,21 @@ class TrafficWriter:
     def _gather(self, record: TrafficRecord) -> None:
         """Redact, encode and add to the shard in hand: encoded, a record takes a tenth of the memory."""
         try:
-            kept = record if self._redact is None else self._redact(record)
+            pattern = None if self._redact is None else self._redact(record)
         except Exception as error:
             self._warn("traffic redactor failed", type(error).__name__)
             self._drop_one("redaction_error")
             return
-        if kept is None:
-            self._drop_one("redacted")
+        if pattern is not None:
+            self._withhold(pattern)
             return
         try:
-            batch = pa.RecordBatch.from_pylist([kept.to_row()], schema=ARROW_SCHEMA)
+            batch = pa.RecordBatch.from_pylist([record.to_row()], schema=ARROW_SCHEMA)
         except Exception as error:
             self._warn("traffic record does not fit the schema", type(error).__name__)
             self._drop_one("invalid_record")
             return
-        self._shard.append(batch)
+        self._shard.append(batch, record.created_unix_s)
 
     def _write_shard(self) -> None:
         shard, self._shard = self._shard, _Shard()
@@ -231,7 +235,7 @@ class TrafficWriter:
             num_bytes = self._put(shard)
             if num_bytes is None:
                 self._count_dropped("write_error", shard.num_records)
-            else:
+            elif not self._store.delivers_later:
                 self._observer.observe_traffic_records("written", shard.num_records)
                 self._observer.observe_traffic_flush(num_bytes, time.monotonic() - started, self._clock())
         finally:
@@ -239,19 +243,27 @@ class TrafficWriter:
 
     def _put(self, shard: _Shard) -> int | None:
         """The size of the file, or None when the last try failed too."""
-        name = new_shard_name(self._clock(), self._num_shards, socket.gethostname(), os.getpid())
+        # A clock may be set back; no record may be younger than the shard's name says
+        written = max(self._clock(), shard.newest_unix_s)
+        name = new_shard_name(written, self._num_shards, socket.gethostname(), os.getpid())
         self._num_shards += 1
-        path = f"{self._root}/{name}"
         for delay in (*_RETRY_DELAYS_S, None):
             try:
                 data = shard.to_parquet()
-                put_whole(self._filesystem, path, data)
+                self._store.put(name, data, shard.num_records)
                 return len(data)
             except Exception as error:  # every store raises its own kinds
                 self._warn("traffic shard not stored", f"{type(error).__name__}: {error}")
             if delay is not None:
                 self._closing.wait(delay)  # returns at once when closing: the last tries are not spread out
         return None
+
+    def _withhold(self, pattern: str) -> None:
+        try:
+            self._observer.observe_traffic_records("redacted", 1)
+            self._observer.observe_traffic_redacted(pattern, 1)
+        finally:
+            self._settle(1)
 
     def _drop_one(self, reason: str) -> None:
         try:
@@ -276,7 +288,7 @@ class TrafficWriter:
         now = time.monotonic()
         if now >= self._next_warning.get(message, now):
             self._next_warning[message] = now + _WARN_INTERVAL_S
-            logger.warning("%s (%s)", message, cause, extra={"path": self._root})
+            logger.warning("%s (%s)", message, cause, extra={"path": self._store.place})
 
 
 class _Shard:
@@ -286,6 +298,8 @@ class _Shard:
         self.num_records = 0
         self.num_bytes = 0
         """Arrow's size, before compression."""
+        self.newest_unix_s = 0.0
+        """When the youngest record was made."""
         self._since = time.monotonic()
         self._merged: list[pa.RecordBatch] = []
         self._single: list[pa.RecordBatch] = []
@@ -294,25 +308,18 @@ class _Shard:
         """Seconds since the first record."""
         return time.monotonic() - self._since
 
-    def append(self, batch: pa.RecordBatch) -> None:
+    def append(self, batch: pa.RecordBatch, created_unix_s: float) -> None:
+        """Add a batch of one record."""
         if not self.num_records:
             self._since = time.monotonic()
         self.num_records += 1
+        self.newest_unix_s = max(self.newest_unix_s, created_unix_s)
         self.num_bytes += batch.nbytes
         self._single.append(batch)
-        if len(self._single) == _ROWS_PER_GROUP:
+        if len(self._single) == ROWS_PER_GROUP:
             # A batch of one row holds dozens of tiny buffers, more overhead than data for a short record.
             self._merged += pa.Table.from_batches(self._single).combine_chunks().to_batches()
             self._single = []
 
     def to_parquet(self) -> bytes:
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            pa.Table.from_batches(self._merged + self._single, schema=ARROW_SCHEMA),
-            sink,
-            row_group_size=_ROWS_PER_GROUP,
-            compression="zstd",
-            write_page_checksum=True,  # lets a reader tell a damaged shard from a sound one
-        )
-        data: bytes = sink.getvalue().to_pybytes()
-        return data
+        return encode_shard(pa.Table.from_batches(self._merged + self._single, schema=ARROW_SCHEMA))

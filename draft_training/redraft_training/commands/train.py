@@ -78,6 +78,8 @@ def _kept_dataset(
     settings: CycleSettings, models: Models, texts: Path | None, synthesise: int | None, output: Path
 ) -> Dataset:
     """The data set of the run that was begun in `output`, else a new one. Raises ConfigError if that had another."""
+    from redraft_training.cycle_data import forget_erased
+    from redraft_training.cycle_state import Workspace
     from redraft_training.dataset.store import load_dataset, save_dataset
 
     source = {
@@ -90,6 +92,13 @@ def _kept_dataset(
     if directory.is_dir():
         if json.loads(about.read_text(encoding="utf-8")) != source:
             raise ConfigError(f"{output} was begun with other data or another selection: choose another --output")
+        if source["traffic"] is not None:
+            gone = forget_erased(settings, Workspace(output), say)
+            if gone.by_hand:
+                raise ConfigError(
+                    f"{gone.by_hand} of the examples that {output} was begun with were erased from the log since: "
+                    "choose another --output"
+                )
         return load_dataset(directory, models.identity)
     dataset = _dataset(settings, models, texts, synthesise)
     output.mkdir(parents=True, exist_ok=True)

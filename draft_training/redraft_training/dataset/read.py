@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -109,12 +110,16 @@ class Dataset:
                 )
 
 
-def read_dataset(url: str, identity: TargetIdentity, selection: Selection | None = None) -> Dataset:
+def read_dataset(
+    url: str, identity: TargetIdentity, selection: Selection | None = None, *, now: float = math.inf
+) -> Dataset:
     """Read a log and split it. Bad files and foreign records are skipped, and counted in the report.
 
     Args:
         url: the traffic log, a directory or any fsspec URL. A log that does not exist yet is empty.
         identity: records of another target or vocabulary are not used.
+        now: Unix seconds. What is dated later is not used yet, lest one clock that is ahead make all other traffic
+            look old.
 
     Raises ForeignLog if there are records but all of another target or vocabulary, OSError if the store cannot be
     listed, ValueError or ImportError for a URL that fsspec cannot open.
@@ -126,7 +131,7 @@ def read_dataset(url: str, identity: TargetIdentity, selection: Selection | None
         problems[problem.kind] += 1
 
     records = TrafficReader(url).iter_records(selection.since, selection.until, on_problem=on_problem)
-    collected = _Collected()
+    collected = _Collected(now)
     for record in records:
         collected.add(record, identity, selection)
     collected.refuse_foreign()
@@ -193,7 +198,8 @@ def ids_hash(examples: Iterable[Example]) -> str:
 class _Collected:
     """Examples while the log is read: never more than twice the limit."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
+        self._now = now
         self.num_records = 0
         self.skipped: Counter[str] = Counter()
         self.newest_unix_s: float | None = None
@@ -204,7 +210,9 @@ class _Collected:
     def add(self, record: TrafficRecord, identity: TargetIdentity, selection: Selection) -> None:
         self.num_records += 1
         reason = reason_to_skip(record, identity, selection)
-        if reason not in (Skip.OTHER_TARGET, Skip.OTHER_TOKENIZER):
+        if reason not in (Skip.OTHER_TARGET, Skip.OTHER_TOKENIZER) and record.created_unix_s >= self._now:
+            reason = Skip.FUTURE
+        elif reason not in (Skip.OTHER_TARGET, Skip.OTHER_TOKENIZER):
             self.newest_unix_s = max(record.created_unix_s, self.newest_unix_s or record.created_unix_s)
         if reason is None and (record.request_id, record.sample_index) in self._seen:
             reason = Skip.DUPLICATE

@@ -15,11 +15,20 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from redraft.traffic.erasure import Erasures
 from redraft_training.dataset.errors import DatasetUnreadable
 from redraft_training.dataset.example import Example
 from redraft_training.dataset.read import Dataset, Watermark, ids_hash, shares, time_order
 from redraft_training.dataset.select import Selection, TargetIdentity, is_held_out
-from redraft_training.dataset.store import read_examples, write_examples
+from redraft_training.dataset.store import (
+    HELD_OUT,
+    TRAINING,
+    num_covered,
+    read_examples,
+    stored_identity,
+    without,
+    write_examples,
+)
 
 Key = tuple[str, int]
 
@@ -72,8 +81,8 @@ class Replay:
     def __init__(self, directory: Path, identity: TargetIdentity, settings: ReplaySettings | None = None) -> None:
         self.settings = settings or ReplaySettings()
         self._identity = identity
-        self._training_path = directory / "training.parquet"
-        self._held_out_path = directory / "held_out.parquet"
+        self._training_path = directory / TRAINING
+        self._held_out_path = directory / HELD_OUT
         self._training = self._read(self._training_path)
         self._held_out = self._read(self._held_out_path)
 
@@ -126,7 +135,7 @@ class Replay:
             (self._training_path, mixture.training_memory),
             (self._held_out_path, mixture.held_out_memory),
         ):
-            write_examples(path, examples, self._identity, _state(self.settings, examples))
+            write_examples(path, examples, self._identity, _state(self.settings.seed, examples))
         self._training, self._held_out = list(mixture.training_memory), list(mixture.held_out_memory)
 
     def _read(self, path: Path) -> list[Example]:
@@ -136,6 +145,21 @@ class Replay:
         if state.get("sha256") != ids_hash(examples):
             raise DatasetUnreadable(f"{path} does not hold the examples it says: delete it to start afresh")
         return examples
+
+
+def erase_remembered(directory: Path, erasures: Erasures) -> int:
+    """Take out of a memory what the erasures cover; return how many examples that were.
+
+    Each file is replaced whole. Raises OSError, and DatasetUnreadable for a damaged memory.
+    """
+    count = num_covered(directory, erasures)
+    for path in (directory / TRAINING, directory / HELD_OUT) if count else ():
+        if path.exists():
+            identity = stored_identity(path)
+            examples, state = read_examples(path, identity)
+            kept = without(examples, erasures)
+            write_examples(path, kept, identity, _state(int(state["seed"]), kept))
+    return count
 
 
 def quotas(available: Mapping[str, int], capacity: int) -> dict[str, int]:
@@ -179,6 +203,6 @@ def _key(example: Example) -> Key:
     return example.request_id, example.sample_index
 
 
-def _state(settings: ReplaySettings, examples: Collection[Example]) -> dict[str, object]:
+def _state(seed: int, examples: Collection[Example]) -> dict[str, object]:
     by_domain = Counter(example.domain for example in examples)
-    return {"seed": settings.seed, "sha256": ids_hash(examples), "domains": dict(sorted(by_domain.items()))}
+    return {"seed": seed, "sha256": ids_hash(examples), "domains": dict(sorted(by_domain.items()))}

@@ -25,6 +25,7 @@ class Skip(StrEnum):
     OTHER_TOKENIZER = "other_tokenizer"
     EXCLUDED = "excluded"  # its request id or tenant is on the exclusion list
     NOT_SELECTED = "not_selected"  # another domain or tenant than asked for
+    FUTURE = "future"  # a server's clock is ahead: it is used once that time has come
     EMPTY = "empty"  # no output, or no prompt to predict it from
     INVALID = "invalid"  # parameters that no request can have, or ids beyond the vocabulary
     DUPLICATE = "duplicate"  # same request id and sample index as one before

@@ -53,7 +53,10 @@ class Observer:
     def __init__(self) -> None:
         self.results: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.patterns: Counter[str] = Counter()
         self.shards: list[int] = []
+        self.spool: tuple[int, float | None] = (0, None)
+        self.upload_failures = 0
         self._changed = threading.Condition()
 
     def observe_traffic_records(self, result: str, count: int) -> None:
@@ -64,8 +67,23 @@ class Observer:
     def observe_traffic_dropped(self, reason: str, count: int) -> None:
         self.reasons[reason] += count
 
+    def observe_traffic_redacted(self, pattern: str, count: int) -> None:
+        self.patterns[pattern] += count
+
     def observe_traffic_flush(self, num_bytes: int, seconds: float, unix_s: float) -> None:
         self.shards.append(num_bytes)
+
+    def set_traffic_spool(self, num_bytes: int, oldest_unix_s: float | None) -> None:
+        self.spool = (num_bytes, oldest_unix_s)
+
+    def observe_traffic_upload_failure(self) -> None:
+        with self._changed:
+            self.upload_failures += 1
+            self._changed.notify_all()
+
+    def wait_for_failures(self, count: int) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.upload_failures >= count, timeout=20)
 
     def wait_for(self, result: str, count: int) -> bool:
         with self._changed:

@@ -73,3 +73,19 @@ def test_one_file_that_cannot_be_deleted_protects_no_other(tmp_path: Path, monke
     assert (report.deleted_shards, report.failed) == ((normal,), (stuck,))
     assert report.remaining_bytes == 100
     assert left(tmp_path) == {stuck}
+
+
+def test_a_store_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take half a minute to fail, and the server may want to end meanwhile."""
+    paths = [shard(tmp_path, days) for days in (33, 32, 31)]
+    asked: list[str] = []
+
+    def away(self: LocalFileSystem, path: str) -> None:
+        asked.append(path)
+        raise TimeoutError
+
+    monkeypatch.setattr(LocalFileSystem, "rm_file", away)
+    report = apply_retention(str(tmp_path), 30 * DAY, None, NOW)
+    assert asked == paths[:1]
+    assert report.failed == tuple(paths)
+    assert report.remaining_bytes == 300

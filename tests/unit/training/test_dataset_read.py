@@ -174,6 +174,22 @@ def test_the_watermark_names_the_traffic_whatever_the_shards(tmp_path: Path) -> 
     assert window.report.watermark.sha256 != first.report.watermark.sha256
 
 
+def test_servers_whose_clocks_differ_lose_nothing(tmp_path: Path) -> None:
+    """One is an hour ahead, one a day behind; the shards are named by the servers' own clocks."""
+    hour, day = 3600.0, 86_400.0
+    write(tmp_path, record("right", created_unix_s=NOW - 1), at=NOW)
+    write(tmp_path, record("ahead", created_unix_s=NOW + hour - 1), at=NOW + hour)
+    first = read_dataset(str(tmp_path), IDENTITY, ALL, now=NOW)
+    assert ids(first.training) == ["right"]
+    assert first.report.skipped == {"future": 1}  # said, not silent
+    assert first.report.watermark.newest_unix_s == NOW - 1  # else all other traffic would look old for an hour
+    write(tmp_path, record("behind", created_unix_s=NOW - day), at=NOW - day)
+    second = read_dataset(str(tmp_path), IDENTITY, ALL, now=NOW + 2 * hour)
+    assert ids(second.training) == ["behind", "right", "ahead"]
+    assert second.report.skipped == {}
+    assert second.report.watermark.newest_unix_s == NOW + hour - 1
+
+
 def test_the_newest_examples_that_fit_are_used(tmp_path: Path) -> None:
     write(tmp_path, *[record(f"r{i}", created_unix_s=NOW + i % 7) for i in range(50)], at=NOW + 9)
     size = to_example(record()).num_tokens
