@@ -1,1 +1,1 @@
-"""Measurements against transformers, under load, and of exactness; each writes a page into `benchmarks/results`."""
+"""Measurements of speed, learning, exactness and behaviour under load; each writes a page into `benchmarks/results`."""

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from redraft.models.block_pool import BlockPool
+from redraft.models.draft import load_draft
 from redraft.models.loader import LoadedModel, load_model
 from redraft.models.ref import ModelRef
 from redraft.models.runner import ModelRunner
@@ -17,6 +20,9 @@ from redraft.models.tokenizer import Tokenizer, check_compatible, load_tokenizer
 from redraft.sampling.params import SamplingParams, StoppingParams
 from redraft.speculation.cost import StepCost, measure_cost
 from redraft.speculation.proposer import Proposer
+from redraft.telemetry.metrics import ServerMetrics
+from redraft.traffic.writer import TrafficWriter
+from redraft_server.config import TrafficLogConfig
 from redraft_server.engine.api import (
     ChoiceDelta,
     EngineEvent,
@@ -27,6 +33,7 @@ from redraft_server.engine.api import (
     SpeculationStats,
 )
 from redraft_server.engine.engine import Engine, EngineParts
+from redraft_server.engine.recorder import Recorder
 from redraft_server.engine.scheduler import SchedulerLimits
 
 KV_TOKENS, BLOCK_SIZE = 16384, 16  # as the server's defaults
@@ -49,9 +56,25 @@ class SharedModel:
         """Raises ModelError, or TokenizerMismatch if the model is not of this tokenizer."""
         ref = ModelRef.parse(name)
         check_compatible(tokenizer, load_tokenizer(ref))
-        loaded = load_model(ref)
+        return cls._of(load_model(ref), tokenizer, None)
+
+    @classmethod
+    def load_draft(cls, name: str, target: SharedModel, tokenizer: Tokenizer) -> SharedModel:
+        """As a server loads a draft: sharing with its target, head and numbers as small as its checkpoint says.
+
+        Raises what `redraft.models.draft.load_draft` does.
+        """
+        draft = load_draft(ModelRef.parse(name), target.loaded, tokenizer=tokenizer)
+        return cls._of(draft.loaded, tokenizer, draft.output_ids)
+
+    @classmethod
+    def _of(cls, loaded: LoadedModel, tokenizer: Tokenizer, output_ids: Tensor | None) -> SharedModel:
         runner = ModelRunner(
-            loaded.model, num_blocks=KV_TOKENS // BLOCK_SIZE, block_size=BLOCK_SIZE, vocab_size=tokenizer.vocab_size
+            loaded.model,
+            num_blocks=KV_TOKENS // BLOCK_SIZE,
+            block_size=BLOCK_SIZE,
+            vocab_size=tokenizer.vocab_size,
+            output_ids=output_ids,
         )
         return cls(runner, loaded, measure_cost(runner))
 
@@ -117,13 +140,17 @@ def running_engine(
     k: int,
     target_cost: StepCost | None = None,
     prefix_cache: bool = True,
+    max_running: int = MAX_RUNNING,
+    metrics: ServerMetrics | None = None,
+    writer: TrafficWriter | None = None,
 ) -> Iterator[Engine]:
-    """An engine on the shared target, stopped at the end.
+    """An engine on the shared target, stopped at the end. With a writer it captures as a server does by default.
 
     Engines on one target may live side by side only without prefix cache and with one of them at work: they write to
     the same KV slots.
     """
     num_blocks = KV_TOKENS // BLOCK_SIZE
+    info = _info(target, tokenizer, proposer, k)
     engine = Engine(
         EngineParts(
             target=target.runner,
@@ -131,14 +158,17 @@ def running_engine(
             proposer=proposer,
             pool=BlockPool(num_blocks, BLOCK_SIZE, prefix_cache=prefix_cache),
             limits=SchedulerLimits(
-                max_running=MAX_RUNNING,
+                max_running=max_running,
                 max_batch_tokens=MAX_BATCH_TOKENS,
                 max_model_len=context_length(target),
                 num_speculative_tokens=k,
+                teacher_top_n=0 if writer is None else TrafficLogConfig().teacher_top_n,
             ),
-            info=_info(target, tokenizer, proposer, k),
+            info=info,
             max_waiting=1024,
             target_cost=target_cost or target.step_cost(),
+            metrics=metrics,
+            recorder=None if writer is None else Recorder(writer, info, metrics),
         )
     )
     engine.start()

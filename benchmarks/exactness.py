@@ -139,8 +139,7 @@ class Matrix:
         if missing:
             task = progress.add_task("transformers", total=len(missing))
             for index in missing:
-                output = self._peer.plain([self._token_ids[index]])
-                known[self.prompts[index].id] = list(output.token_ids[0])
+                known[self.prompts[index].id] = list(self._peer.greedy(self._token_ids[index]))
                 progress.advance(task)
             progress.remove_task(task)
             self.store.save_references()
@@ -192,9 +191,7 @@ class Matrix:
 
     @cached_property
     def _peer(self) -> TransformersPeer:
-        return TransformersPeer(
-            self.target, self.bench.tokenizer, max_new_tokens=self.bench.new_tokens, ignore_eos=False
-        )
+        return TransformersPeer(self.target, self.bench.tokenizer, max_new_tokens=self.bench.new_tokens)
 
 
 if __name__ == "__main__":

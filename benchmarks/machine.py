@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 
 _BUFFER_BYTES = 512 * 2**20  # far beyond any cache
 _READS = 7
-_QUIET_CORES = 0.12  # use by other processes that a measurement may ignore
+QUIET_CORES = 0.12  # use by other processes that a measurement may ignore
 _STAT = Path("/proc/stat")
 
 
@@ -55,10 +57,14 @@ def read_bandwidth_gb_s() -> float:
 
 
 class OtherLoad:
-    """Cores that other processes kept busy between `start` and `stop`; a measurement beside a busy core is noise."""
+    """Cores that other processes kept busy between `start` and `stop`; a measurement beside a busy core is noise.
 
-    def __init__(self) -> None:
+    `sessions` gives the process sessions that belong to the measurement, beside this process.
+    """
+
+    def __init__(self, sessions: Callable[[], Collection[int]] = tuple) -> None:
         self.samples: list[float] = []
+        self._sessions = sessions
         self._before = (0.0, 0.0, 0.0)
 
     def start(self) -> None:
@@ -69,8 +75,13 @@ class OtherLoad:
         self.samples.append(max(0.0, busy - own) / max(wall, 1e-3))
 
     @property
+    def median(self) -> float | None:
+        """Cores, median of the samples; None without any."""
+        return statistics.median(self.samples) if self.samples and _STAT.exists() else None
+
+    @property
     def is_noisy(self) -> bool:
-        return bool(self.samples) and statistics.median(self.samples) > _QUIET_CORES
+        return self.median is not None and self.median > QUIET_CORES
 
     def describe(self) -> str:
         """A phrase for the report."""
@@ -78,14 +89,24 @@ class OtherLoad:
             return "load of other processes unknown"
         return f"other processes used {statistics.median(self.samples):.2f} cores (most: {max(self.samples):.2f})"
 
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
+    def _now(self) -> tuple[float, float, float]:
         times = os.times()
         busy = 0.0
         if _STAT.exists():
             user, nice, system, _, _, irq, soft_irq, *_ = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:])
             busy = (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy, times.user + times.system
+        return time.perf_counter(), busy, times.user + times.system + _session_seconds(self._sessions())
+
+
+def _session_seconds(sessions: Collection[int]) -> float:
+    """CPU seconds of all processes in these sessions, of their ended children too."""
+    ticks = 0
+    for stat in _STAT.parent.glob("[0-9]*/stat") if sessions else ():
+        with contextlib.suppress(OSError):  # it may end while we look
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) in sessions:
+                ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu_model() -> str:

@@ -86,6 +86,33 @@ def load_prompts(data: Path | None, count: int) -> PromptSet:
     return PromptSet(chosen, f"evaluation prompts of {used} domains")
 
 
+def load_domain(data: Path | None, domain: str, count: int) -> tuple[BenchmarkPrompt, ...]:
+    """At most `count` evaluation prompts of one domain, the same ones on every call; of a benchmark, whose lines are
+    in order of category, spread over all of it. Without a folder of domains: the built-in ones.
+
+    Raises:
+        typer.BadParameter: the folder does not have this domain.
+    """
+    if data is None and not has_data(data):
+        return _spread(BUILT_IN, min(count, len(BUILT_IN)))
+    file = (_REPOSITORY / DEFAULT_DATA if data is None else data) / f"{domain}.jsonl"
+    if not file.is_file():
+        raise typer.BadParameter(f"there is no {file.name} in {file.parent}", param_hint="--domains")
+    lines = list(_evaluation_lines(file))
+    return _spread(lines, min(count, len(lines))) if domain in _EXCLUDED else tuple(lines[:count])
+
+
+def load_mixed(data: Path | None, count: int) -> tuple[BenchmarkPrompt, ...]:
+    """`count` prompts of all domains; the built-in ones come again if there are no others."""
+    distinct = count if has_data(data) else min(count, len(BUILT_IN))
+    return tuple(itertools.islice(itertools.cycle(load_prompts(data, distinct).prompts), count))
+
+
+def has_data(data: Path | None) -> bool:
+    """Whether there is a folder of domains."""
+    return any((_REPOSITORY / DEFAULT_DATA if data is None else data).glob("*.jsonl"))
+
+
 def _spread(prompts: tuple[BenchmarkPrompt, ...] | list[BenchmarkPrompt], count: int) -> tuple[BenchmarkPrompt, ...]:
     if count > len(prompts):
         raise typer.BadParameter(f"there are only {len(prompts)} prompts", param_hint="--prompts")
@@ -93,9 +120,9 @@ def _spread(prompts: tuple[BenchmarkPrompt, ...] | list[BenchmarkPrompt], count:
 
 
 def _evaluation_lines(file: Path) -> Iterator[BenchmarkPrompt]:
-    """Prompts whose id is `<domain>-e...`: what no draft may be trained on."""
+    """Prompts whose id is `<domain>-e...`, or all of a benchmark's: what no draft may be trained on."""
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             entry = json.loads(line)
-            if entry["id"].startswith(f"{file.stem}-e"):
+            if file.stem in _EXCLUDED or entry["id"].startswith(f"{file.stem}-e"):
                 yield BenchmarkPrompt(entry["id"], entry["prompt"], entry.get("system"))

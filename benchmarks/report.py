@@ -28,6 +28,6 @@ def write_page(path: Path, title: str, machine: str, parts: Sequence[str]) -> No
 def command() -> str:
     """The running command as one would type it; absolute paths lose their folders."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    name = "benchmarks" if module is None else module.name
+    name = "benchmarks" if module is None else module.name.removesuffix(".__main__")
     shown = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["python", "-m", name, *shown])
