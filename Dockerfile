@@ -5,11 +5,12 @@
 #     redraft:0.1.0 server --model.target demo --grpc.host 0.0.0.0
 #
 # BASE_IMAGE: any Debian-like image with Python 3.11 or later (with venv) as python3.
+# Secrets `pip` (a pip.conf) and `ca` (PEM, its cert = /run/secrets/ca): for a package index of your own.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS build
-# Further packages for the environment, such as the fsspec driver of an object store: "s3fs==..."
+# Further packages for the environment, such as the fsspec driver of another object store than S3: "gcsfs==..."
 ARG EXTRA_PACKAGES=""
 # A compiler for the CPU kernels; it stays in this stage, so its version is the base image's matter.
 # hadolint ignore=DL3008
@@ -21,10 +22,12 @@ WORKDIR /src
 COPY constraints.txt ./
 # The large ones first: they change less often than our code. constraints.txt has every version.
 # hadolint ignore=DL3013
-RUN /opt/redraft/bin/pip install --no-cache-dir --constraint constraints.txt torch transformers pyarrow
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca \
+    /opt/redraft/bin/pip install --no-cache-dir --constraint constraints.txt torch transformers pyarrow
 COPY . .
 # hadolint ignore=DL3013
-RUN /opt/redraft/bin/pip install --no-cache-dir --constraint constraints.txt ".[server,train]" ${EXTRA_PACKAGES} \
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca \
+    /opt/redraft/bin/pip install --no-cache-dir --constraint constraints.txt ".[server,train,otel,s3]" ${EXTRA_PACKAGES} \
     && install -m 755 scripts/image_entrypoint.py /opt/redraft/bin/image-entrypoint
 
 # hadolint ignore=DL3006

@@ -7,7 +7,7 @@ DRAFT  := build/demo-draft
 SOURCES := core server draft_training clients/python tests benchmarks scripts docs hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test tools test-ops exactness check format proto bench bench-learning clean
+.PHONY: help install model demo test tools test-ops test-slow ops-story exactness check format proto bench bench-peers bench-learning clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,10 +40,18 @@ tools: $(STAMP)  ## helm, promtool, hadolint and the like, pinned and checked, i
 test-ops: tools  ## only the tests of chart, image and alerts, with the real tools
 	@$(BIN)/python -m pytest tests/ops
 
+test-slow: model tools  ## what `make test` leaves out: the image built and run, hostile requests by the ten thousand
+	@scripts/tools.sh --image
+	@$(BIN)/python -m pytest -m slow
+
+ops-story: model tools  ## acceptance collapses, an alert, a Job, a new draft, on a real Prometheus (about 15 minutes)
+	@rm -rf build/ops-story
+	@$(BIN)/python -m scripts.ops_story --output build/ops-story
+
 exactness: model  ## all of benchmarks/results/exactness.md: hours; what is done is kept
 	@$(BIN)/python -m benchmarks.exactness --draft $(DRAFT)
 
-check: $(STAMP)  ## format, lint, types, import layers, proto lint and drift
+check: $(STAMP)  ## format, lint, types, import layers, proto lint and drift, dependencies
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/mypy
@@ -51,6 +59,7 @@ check: $(STAMP)  ## format, lint, types, import layers, proto lint and drift
 	@cd proto && ../$(BIN)/buf lint
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && scripts/proto.sh "$$fresh" && \
 	  diff -r -x __init__.py -x __pycache__ "$$fresh/redraft/v1" core/redraft/v1 || { echo "stubs differ from proto/: run make proto"; exit 1; }
+	@$(BIN)/python -m scripts.audit
 
 format: $(STAMP)  ## let ruff reformat and fix
 	@$(BIN)/ruff format $(SOURCES)
@@ -59,8 +68,11 @@ format: $(STAMP)  ## let ruff reformat and fix
 proto: $(STAMP)  ## regenerate the stubs in core/redraft/v1
 	@scripts/proto.sh
 
-bench: model  ## redraft against transformers on this machine, into benchmarks/results
-	@$(BIN)/python -m benchmarks.serving --draft $(DRAFT)
+bench: model  ## where the engine's time goes, into benchmarks/results; half an hour on 2 cores, what is done is kept
+	@$(BIN)/python -m benchmarks.engine $(BENCH_FLAGS)
+
+bench-peers: model  ## the same model on llama.cpp, vLLM, OpenVINO, transformers; hours, what is done is kept
+	@$(BIN)/python -m benchmarks.peers $(BENCH_FLAGS)
 
 bench-learning: model  ## how fast a draft learns, into benchmarks/results; hours, what is done is kept
 	@$(BIN)/python -m benchmarks.learning

@@ -3,7 +3,8 @@
 python scripts/chart_docs.py             # rewrite helm/redraft/values.schema.json and README.md
 
 The schema is written by hand except for `server.config`, which is the server's own schema, less the settings that
-the chart gives itself.
+the chart gives itself, and for `required`: the keys of values.yaml. They are missing only from values that are kept
+from an older chart (`helm upgrade --reuse-values`), which the templates would stumble over.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ OWN_SETTINGS = {
     "grpc.tls_cert",
     "grpc.tls_key",
     "grpc.tls_client_ca",
+    "auth.keys_file",
     "metrics.enabled",
     "metrics.host",
     "metrics.port",
     "traffic_log.url",
+    "traffic_log.spool_dir",
     "registry.url",
     "drain.delay_s",
     "drain.grace_s",
@@ -52,7 +55,17 @@ def render_schema(text: str) -> str:
     server["config"] = {"type": "object", "additionalProperties": False, "properties": groups}
     key = {"$ref": "#/definitions/secretKey"}
     server["configFromSecret"]["properties"] = dict.fromkeys(sorted(names | _SECRET_SETTINGS), key)
+    _require(schema, yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8")))
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def _require(schema: dict[str, Any], values: dict[str, Any]) -> None:
+    schema["required"] = sorted(values)
+    for name, value in values.items():
+        part = schema["properties"][name]
+        # Groups and settings of the server may all be left out
+        if isinstance(value, dict) and value and "properties" in part and name != "config":
+            _require(part, value)
 
 
 def _config_groups() -> tuple[dict[str, Any], set[str]]:

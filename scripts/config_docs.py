@@ -70,6 +70,8 @@ def _kind(schema: dict[str, Any]) -> str:
         return "path"
     if schema["type"] == "null":
         return "`null`"
+    if schema["type"] == "array":
+        return f"list of {_kind(schema['items'])}"
     kind, low, high = schema["type"], schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
         return f"{kind}, {low:,.15g} to {high:,.15g}"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,15 +26,27 @@ class ServerProcess:
 
     Args:
         flags: of `redraft-server`, without ports.
+        environment: added to that of this process.
+        credentials: for a server with TLS, whose certificate must be for localhost.
         start_timeout_s, stop_timeout_s: how long either may take.
 
     Raises:
         RuntimeError: with the end of the server's output, if it does not become ready.
     """
 
-    def __init__(self, flags: Sequence[str], *, start_timeout_s: float = 180.0, stop_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        flags: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        start_timeout_s: float = 180.0,
+        stop_timeout_s: float = 60.0,
+    ) -> None:
         self._start_timeout_s, self._stop_timeout_s = start_timeout_s, stop_timeout_s
-        port, metrics_port = _free_ports(2)
+        self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        self._credentials = credentials
+        port, metrics_port = free_ports(2)
         self.address = f"127.0.0.1:{port}"
         self.metrics_address = f"127.0.0.1:{metrics_port}"
         ports = ["--grpc.port", str(port), "--metrics.port", str(metrics_port)]
@@ -48,9 +60,8 @@ class ServerProcess:
         return self._process.pid
 
     def __enter__(self) -> Self:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
-            self._command, stdout=self._output, stderr=subprocess.STDOUT, env=environment, cwd=Path.cwd()
+            self._command, stdout=self._output, stderr=subprocess.STDOUT, env=self._environment, cwd=Path.cwd()
         )
         try:
             self._wait_until_ready()
@@ -90,7 +101,7 @@ class ServerProcess:
     def _wait_until_ready(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + self._start_timeout_s
-        with grpc.insecure_channel(self.address) as channel:
+        with self._channel() as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while time.monotonic() < deadline:
                 if self._process.poll() is not None:
@@ -107,8 +118,13 @@ class ServerProcess:
                     time.sleep(0.1)
         raise RuntimeError(f"redraft-server was not ready after {self._start_timeout_s:g} s:\n{self.output()[-4000:]}")
 
+    def _channel(self) -> grpc.Channel:
+        if self._credentials is None:
+            return grpc.insecure_channel(self.address)
+        return grpc.secure_channel(self.address, self._credentials, [("grpc.ssl_target_name_override", "localhost")])
 
-def _free_ports(count: int) -> list[int]:
+
+def free_ports(count: int) -> list[int]:
     """Ports nobody listens on. Held open together, so that they differ."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

@@ -46,6 +46,7 @@ class Served:
     address: str
     metrics_address: str
     observed: ObservedEngine
+    app: App
 
     @property
     def finished(self) -> list[RequestFinished]:
@@ -77,13 +78,14 @@ class Served:
 
 
 @asynccontextmanager
-async def served_engine(spec: EngineSpec) -> AsyncIterator[Served]:
+async def served_engine(spec: EngineSpec, grpc: GrpcConfig | None = None) -> AsyncIterator[Served]:
+    """`grpc` may turn TLS on; then `client`, which speaks plain text, is of no use."""
     registry = CollectorRegistry()
-    config = ServerConfig(grpc=GrpcConfig(port=0), metrics=MetricsConfig(port=0))
+    config = ServerConfig(grpc=grpc or GrpcConfig(port=0), metrics=MetricsConfig(port=0))
     with running_engine(spec, registry=registry) as engine:
         observed = ObservedEngine(engine)
         metrics = engine._parts.metrics
         assert isinstance(metrics, ServerMetrics)
         async with App(config, observed, metrics, registry) as app, AsyncClient(app.address) as client:  # type: ignore[arg-type]
             assert app.metrics_address is not None
-            yield Served(engine, client, registry, app.address, app.metrics_address, observed)
+            yield Served(engine, client, registry, app.address, app.metrics_address, observed, app)

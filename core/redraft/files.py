@@ -18,8 +18,10 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield an empty temporary directory beside `target`; on success it becomes `target` in one rename.
+
+    It is then readable by all, or with `private` by its owner only.
 
     On an exception nothing is left at `target`. A process killed in between leaves only a hidden temporary
     directory. Raises `FileExistsError` if `target` has come to exist meanwhile and is not empty.
@@ -28,8 +30,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        for path in (temporary, *temporary.rglob("*")):  # made private; what is published is readable
-            path.chmod(0o755 if path.is_dir() else 0o644)
+        directory_mode, file_mode = (0o700, 0o600) if private else (0o755, 0o644)
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod(directory_mode if path.is_dir() else file_mode)
         try:
             temporary.rename(target)
         except OSError as error:

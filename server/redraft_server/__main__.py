@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     _tame_threads(config.model)
     configure_logging(config.logging.format, config.logging.level)
+    if config.logging.format == "json":
+        _speak_json()
     # a second series for every counter is of no use here
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     # Only now: the application may import torch, which reads the thread settings once.
@@ -65,9 +67,19 @@ def _tame_threads(model: ModelConfig) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
+def _speak_json() -> None:
+    """Have libraries log what they would print: a line that is no JSON is lost on a collector, or worse."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.captureWarnings(True)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+
+
 def _announce(app: object) -> None:
     from redraft_server.app import App
-    from redraft_server.banner import show_banner, traffic_log_notice
+    from redraft_server.banner import exposure_notice, show_banner, traffic_log_notice
 
     assert isinstance(app, App)
     if app.config.logging.format == "text":
@@ -76,6 +88,9 @@ def _announce(app: object) -> None:
     notice = traffic_log_notice(app.config)
     if notice is not None:
         _log.warning("the traffic log is %s", notice)
+    exposed = exposure_notice(app.config)
+    if exposed is not None:
+        _log.warning("%s", exposed)
 
 
 def _fail(status: int, *problems: str) -> int:

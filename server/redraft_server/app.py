@@ -16,8 +16,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from redraft.errors import ConfigError
 from redraft.telemetry.exporter import MetricsExporter
 from redraft.telemetry.metrics import ServerMetrics
+from redraft.telemetry.tracing import TraceIdsOnly, Tracer
 from redraft.v1 import draft_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
-from redraft_server.config import ServerConfig
+from redraft_server.config import ServerConfig, TracingConfig
 from redraft_server.engine.api import EngineClient
 from redraft_server.rpc import lifecycle
 from redraft_server.rpc.draft_service import DraftServicer
@@ -26,6 +27,10 @@ from redraft_server.rpc.interceptors import RpcInterceptor
 from redraft_server.rpc.model_service import ModelServicer
 from redraft_server.rpc.text import TextService, TextTokenizer
 from redraft_server.rpc.tokenizer_service import TokenizerServicer
+from redraft_server.security.access import AccessControl
+from redraft_server.security.certificates import server_credentials
+from redraft_server.security.credentials import Credentials, load_credentials
+from redraft_server.security.reloaded import Follower
 from redraft_server.traffic_log import TrafficLog
 
 if TYPE_CHECKING:  # it brings torch
@@ -33,6 +38,9 @@ if TYPE_CHECKING:  # it brings torch
 
 ROLLOUT_STOP_S = 5.0
 """Longest wait for a draft that is just being loaded."""
+
+TRACER_CLOSE_S = 2.0
+"""Longest wait for the last spans to be sent."""
 
 _END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -60,6 +68,8 @@ class App:
         registry: CollectorRegistry,
         traffic_log: TrafficLog | None = None,
         rollout: Rollout | None = None,
+        tracer: Tracer | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -69,9 +79,16 @@ class App:
         self._registry = registry
         self._traffic_log = traffic_log
         self._rollout = rollout
-        self._text = TextService(engine.tokenizer)
+        self._text = TextService(engine.tokenizer, engine.info.context_length)
+        if traffic_log is not None:
+            traffic_log.read_with(partial(engine.tokenizer.decode, skip_special_tokens=False))
         self._health = lifecycle.HealthReporter(engine)
-        self._rpcs = RpcInterceptor(metrics)
+        self._tracer = tracer or TraceIdsOnly()
+        self._credentials = credentials or load_credentials(config)
+        keys = self._credentials.keys
+        self._access = None if keys is None else AccessControl(keys, metrics.security)
+        self._follower = Follower(self._credentials.files, metrics.security, self._use_credentials)
+        self._rpcs = RpcInterceptor(metrics, self._tracer, self._access)
         self._exporter: MetricsExporter | None = None
         self._draining = False
 
@@ -100,7 +117,7 @@ class App:
 
     async def _start(self) -> None:
         config, engine, server = self.config, self.engine, self._server
-        generation = GenerationServicer(engine, self._text, config.limits, self._metrics)
+        generation = GenerationServicer(engine, self._text, config.limits, config.traffic_log, self._metrics)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         tokenizer = TokenizerServicer(engine, self._text)
         tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(tokenizer, server)
@@ -108,7 +125,11 @@ class App:
         draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(engine, self._rollout), server)
         lifecycle.add_reflection(server)
         await self._health.start(server)
-        port = lifecycle.bind(server, config.grpc)
+        certificates = self._credentials.certificates
+        secured = None if certificates is None else server_credentials(certificates)
+        port = lifecycle.bind(server, config.grpc, secured)
+        self._use_credentials()
+        self._follower.start()
         self.address = f"{config.grpc.host}:{port}"
         if config.metrics.enabled:
             self._exporter = self._start_exporter()
@@ -130,6 +151,14 @@ class App:
                 "take another port, or set metrics.enabled to false"
             ) from None
 
+    def _use_credentials(self) -> None:
+        """They are as of now: keys and certificates take effect by themselves, what depends on them does here."""
+        if self._access is not None:
+            self._access.keys_changed()
+        if self._credentials.certificates is not None:
+            for certificate, unix_s in self._credentials.certificates.value.expiry.items():
+                self._metrics.security.set_certificate_expiry(certificate, unix_s)
+
     def _is_ready(self) -> bool:
         return self.engine.is_ready and not self._draining
 
@@ -140,12 +169,14 @@ class App:
             await asyncio.to_thread(self._rollout.stop, ROLLOUT_STOP_S)
         await asyncio.to_thread(self.engine.stop, 1.0)
         await self._server.stop(None)
+        await self._follower.close()
         if self._traffic_log is not None:
             await self._traffic_log.close()
         await self._health.close()
         self._text.close()
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)
+        await asyncio.to_thread(self._tracer.close, TRACER_CLOSE_S)
 
 
 def build(config: ServerConfig) -> App:
@@ -160,18 +191,20 @@ def build(config: ServerConfig) -> App:
     from redraft_server.engine.build import build_engine
     from redraft_server.rollout.start import DraftSupply, configured_draft
 
+    credentials = load_credentials(config)
     target = resolve_source(ModelRef.parse(config.model.target), cache_dir=config.model.cache_dir)
     registry, metrics = _create_metrics(config, target.name)
+    tracer = _create_tracer(config.tracing, metrics)
     url = config.traffic_log.url
     traffic_log = None if url is None else TrafficLog(url, config.traffic_log, metrics)
     writer = None if traffic_log is None else traffic_log.writer
     if config.registry.url is None:
         built = build_engine(config, metrics, writer, first_draft=partial(configured_draft, config))
-        return App(config, built.engine, metrics, registry, traffic_log)
+        return App(config, built.engine, metrics, registry, traffic_log, tracer=tracer, credentials=credentials)
     supply = DraftSupply(config, metrics)
     built = build_engine(config, metrics, writer, first_draft=supply.first, monitor=supply.monitor)
     rollout = supply.rollout(built.engine, built.host, built.draft)
-    return App(config, built.engine, metrics, registry, traffic_log, rollout)
+    return App(config, built.engine, metrics, registry, traffic_log, rollout, tracer, credentials)
 
 
 async def serve(app: App, on_started: Callable[[App], None]) -> None:
@@ -208,3 +241,13 @@ def _create_metrics(config: ServerConfig, model: str) -> tuple[CollectorRegistry
     ProcessCollector(registry=registry)
     longest_draft = max(1, config.speculation.num_speculative_tokens)
     return registry, ServerMetrics(registry, model, max_draft_tokens=longest_draft)
+
+
+def _create_tracer(config: TracingConfig, metrics: ServerMetrics) -> Tracer:
+    if config.endpoint is None:
+        return TraceIdsOnly()
+    try:
+        from redraft.telemetry.otel import OtelTracer, otlp_exporter
+    except ImportError:
+        raise ConfigError("tracing.endpoint needs OpenTelemetry: pip install 'redraft[otel]'") from None
+    return OtelTracer(otlp_exporter(config.endpoint), config.sample_ratio, metrics)

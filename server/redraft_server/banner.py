@@ -14,6 +14,8 @@ from redraft_server.app import App
 from redraft_server.config import ServerConfig
 from redraft_server.engine.api import EngineInfo
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+
 
 def banner_rows(app: App) -> list[tuple[str, str]]:
     """(what, value) in the order shown."""
@@ -24,6 +26,7 @@ def banner_rows(app: App) -> list[tuple[str, str]]:
     metrics = "off" if app.metrics_address is None else f"http://{app.metrics_address}/metrics"
     return [
         ("gRPC", f"{app.address} ({secured})"),
+        ("API keys", "not asked for" if config.auth.keys_file is None else f"needed ({config.auth.keys_file})"),
         ("metrics", metrics),
         ("model", f"{info.model} @ {info.model_revision[:12] or 'unknown'}, {_memory(info.weight_bytes)} of weights"),
         ("runs in", f"{info.dtype} on {info.device}, context of {info.context_length} tokens"),
@@ -39,9 +42,22 @@ def traffic_log_notice(config: ServerConfig) -> str | None:
     log = config.traffic_log
     if log.url is None:
         return None
-    kept = "for ever" if log.retention_days is None else f"for {log.retention_days:g} days"
+    kept = "until something else deletes them" if log.retention_days is None else f"for {log.retention_days:g} days"
     share = "all" if log.sample_rate == 1.0 else f"{log.sample_rate:.1%} of"
-    return f"ON: prompts and completions of {share} requests are stored in {log.url} {kept}"
+    held_back = [*log.redact, *(["custom patterns"] if log.redact_patterns else [])]
+    but = f", but for those with {', '.join(held_back)}" if held_back else ""
+    return f"ON: prompts and completions of {share} requests are stored in {log.url} {kept}{but}"
+
+
+def exposure_notice(config: ServerConfig) -> str | None:
+    """What operators should know when more than this machine reaches the API; None if that is in order."""
+    if config.grpc.host in _LOOPBACK:
+        return None
+    if config.auth.keys_file is None and config.grpc.tls_client_ca is None:
+        return f"whoever reaches {config.grpc.host} is served: set auth.keys_file, or grpc.tls_client_ca for mutual TLS"
+    if config.auth.keys_file is not None and config.grpc.tls_cert is None:
+        return "API keys come over the network in clear: set grpc.tls_cert and grpc.tls_key"
+    return None
 
 
 def show_banner(app: App, stream: TextIO = sys.stdout) -> None:

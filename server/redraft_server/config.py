@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from redraft.traffic.patterns import PatternName, patterns_of
 
 ProposerName = Literal["none", "ngram", "draft_model", "ngram+draft_model"]
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
@@ -32,6 +35,8 @@ class ModelConfig(_Group):
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     cache_dir: Path | None = None
     """Where converted models are kept. Default: the user's cache directory."""
+    tensor_parallel: PositiveInt = 1
+    """Processes on this machine that the target is split over, each with a GPU of its own (docs/scale.md)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the models. Default: OMP_NUM_THREADS, else every core this process may use."""
 
@@ -75,7 +80,7 @@ class GrpcConfig(_Group):
     """The API's listener."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
-    """Address to listen on. 0.0.0.0 or [::] serves other machines: then set tls_cert and tls_key too."""
+    """Address to listen on. 0.0.0.0 or [::] serves other machines: then set up TLS and auth.keys_file too."""
     port: Port = 50051
     """TCP port. 0: any free one, named in the banner."""
     max_message_bytes: int = Field(default=16 * 2**20, ge=1024, le=2**30)
@@ -83,7 +88,7 @@ class GrpcConfig(_Group):
     max_concurrent_streams: PositiveInt = 1024
     """Calls in flight per connection; further ones wait in the client."""
     tls_cert: Path | None = None
-    """PEM certificate chain of the server. With tls_key, turns TLS on."""
+    """PEM certificate chain of the server. With tls_key, turns TLS on. The TLS files are read anew when they change."""
     tls_key: Path | None = None
     """PEM private key of tls_cert."""
     tls_client_ca: Path | None = None
@@ -98,6 +103,13 @@ class GrpcConfig(_Group):
         return self
 
 
+class AuthConfig(_Group):
+    """Who may call. Off unless keys_file is set; then all calls but health checks need an API key."""
+
+    keys_file: Path | None = None
+    """YAML or JSON file with the hashes of the API keys, their tenants, roles and limits. Read anew when it changes."""
+
+
 class MetricsConfig(_Group):
     """Prometheus metrics and probes over HTTP: /metrics, /livez, /readyz."""
 
@@ -109,6 +121,15 @@ class MetricsConfig(_Group):
     """TCP port. 0: any free one, named in the banner."""
 
 
+class TracingConfig(_Group):
+    """Spans of the requests, sent to an OpenTelemetry collector. Off unless endpoint is set; needs redraft[otel]."""
+
+    endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
+    """OTLP/HTTP receiver, path included: http://collector:4318/v1/traces. Unset: no spans, but trace ids in the log."""
+    sample_ratio: Fraction = 1.0
+    """Fraction of traces recorded. For a trace that a caller began, the caller's own decision holds."""
+
+
 class TrafficLogConfig(_Group):
     """What is kept of the traffic to train drafts on: token ids, which decode to text. Off unless url is set."""
 
@@ -116,16 +137,38 @@ class TrafficLogConfig(_Group):
     """Directory or fsspec URL (s3://bucket/prefix) for the Parquet shards. Unset: nothing is recorded."""
     sample_rate: Fraction = 1.0
     """Fraction of requests recorded."""
+    tenants: tuple[TenantName, ...] = ()
+    """Only requests of these tenants are recorded; "" is a request without a tenant. Empty: all."""
+    exclude_tenants: tuple[TenantName, ...] = ()
+    """Requests of these tenants are never recorded."""
+    redact: tuple[PatternName, ...] = ()
+    """A record whose text holds one of these is not stored at all (docs/privacy.md)."""
+    redact_patterns: tuple[str, ...] = Field(default=(), max_length=32)
+    """Nor is one that matches one of these RE2 expressions. On the command line, put each in double quotes."""
     teacher_top_n: int = Field(default=32, ge=0, le=1024)
     """Target log-probabilities kept at every verified position, best first. 0: none."""
     max_queue_records: PositiveInt = 1024
     """Records waiting for the writer. When full, further ones are dropped and counted, never waited for."""
     roll_bytes: int = Field(default=64 * 2**20, ge=2**10)
     """Size at which a shard is closed and a new one begun."""
-    roll_seconds: float = Field(default=300.0, gt=0.0, allow_inf_nan=False)
+    roll_seconds: float = Field(default=300.0, gt=0.0, le=86_400.0)
     """Age at which a shard is closed, whatever its size."""
+    spool_dir: Path | None = None
+    """Local directory where shards wait for an object store; one server's alone. Default: in the cache directory."""
+    spool_bytes: int = Field(default=2**30, ge=2**20)
+    """Most bytes that wait there. While the store is away and it is full, the oldest shards are dropped and counted."""
     retention_days: float | None = Field(default=30.0, gt=0.0, allow_inf_nan=False)
     """Age at which shards are deleted. null: never."""
+
+    @field_validator("redact_patterns")
+    @classmethod
+    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        patterns_of((), patterns)
+        return patterns
+
+    def covers(self, tenant: str) -> bool:
+        """Whether requests of this tenant may be recorded."""
+        return tenant not in self.exclude_tenants and (not self.tenants or tenant in self.tenants)
 
 
 class RegistryConfig(_Group):
@@ -198,7 +241,9 @@ class ServerConfig(_Group):
     engine: EngineConfig = EngineConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     grpc: GrpcConfig = GrpcConfig()
+    auth: AuthConfig = AuthConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
     traffic_log: TrafficLogConfig = TrafficLogConfig()
     registry: RegistryConfig = RegistryConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -227,6 +272,8 @@ class ServerConfig(_Group):
                 f"{given} is set but speculation.proposer is {self.speculation.proposer}, which would not use it: "
                 "remove one of the two"
             )
+        if self.model.tensor_parallel > 1 and self.model.device != "auto":
+            raise ValueError("model.tensor_parallel takes the GPUs in order: leave model.device at auto")
         if self.speculation.ngram_min > self.speculation.ngram_max:
             raise ValueError("speculation.ngram_min must be at most speculation.ngram_max")
         if self.engine.max_batch_tokens < self.engine.max_running_requests:

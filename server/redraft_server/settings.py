@@ -87,7 +87,7 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
     if problems:
         raise ConfigErrors(problems)
     sources = {
-        "flag": cli(parsed_args=arguments)(),
+        "flag": _from_flags(cli, arguments),
         "environment": _from_environment(environ),
         "file": _from_file(Path(arguments.config)) if arguments.config is not None else {},
     }
@@ -143,6 +143,14 @@ def _build_parser() -> tuple[_Parser, CliSettingsSource[_Parser]]:
     return parser, source
 
 
+def _from_flags(cli: CliSettingsSource[_Parser], arguments: argparse.Namespace) -> dict[str, Any]:
+    try:
+        return cli(parsed_args=arguments)()
+    except SettingsError as error:
+        way_out = "in a list, put what has a comma or begins with a bracket between double quotes"
+        raise ConfigErrors([f"flags: {error}; {way_out}"]) from None
+
+
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     names = [name for name in environ if name.upper().startswith(ENV_PREFIX)]
     groups = ServerConfig.model_fields
@@ -159,7 +167,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     try:
         return source()
     except SettingsError as error:
-        raise ConfigErrors([f"{ENV_PREFIX}*: {error}"]) from None
+        raise ConfigErrors([f'{ENV_PREFIX}*: {error}; a list is given as JSON, such as ["email"]']) from None
 
 
 def _environment_names() -> Iterator[str]:

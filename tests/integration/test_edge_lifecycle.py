@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
-import subprocess
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -28,6 +25,7 @@ from redraft_server.app import App, running_server, serve
 from redraft_server.banner import show_banner
 from redraft_server.config import DrainConfig, GrpcConfig, MetricsConfig, ServerConfig, TrafficLogConfig
 from redraft_server.engine.api import FinishReason
+from redraft_server.rpc import lifecycle
 from redraft_server.rpc.lifecycle import GENERATION_SERVICE
 from tests.edge import Edge, details_of, edge_config, limited, running_edge
 from tests.fake_engine import FakeEngine
@@ -126,6 +124,22 @@ async def test_a_client_that_never_reads_cannot_hold_up_a_drain() -> None:
         assert engine.num_unfinished() == 0
 
 
+async def test_an_old_connection_is_made_anew_and_its_calls_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that balances looks up its servers only when it connects."""
+    monkeypatch.setattr(lifecycle, "CONNECTION_AGE_S", 0.5)
+    engine = FakeEngine()
+    async with running_edge(engine) as edge:
+        call = await held_stream(edge)
+        ready = grpc.ChannelConnectivity.READY
+        assert edge.channel.get_state() is ready
+        async with asyncio.timeout(30):
+            await edge.channel.wait_for_state_change(ready)  # the server has said goodbye
+        engine.gate.set()
+        text, _ = await read_all(call)
+        assert text
+        await edge.assert_serves()
+
+
 async def test_reflection_lists_the_services() -> None:
     async with running_edge() as edge:
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(edge.channel)
@@ -218,34 +232,6 @@ async def test_sigterm_drains_and_a_second_signal_hurries() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.wait_for(serving, 30)
         assert engine.ended == {"held": FinishReason.SHUTDOWN}
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
-async def test_mutual_tls(tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "1"]
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    subprocess.run([*command, "-keyout", key, "-out", certificate, *subject], check=True, capture_output=True)
-    config = GrpcConfig(port=0, tls_cert=certificate, tls_key=key, tls_client_ca=certificate)
-    async with running_server(edge_config(grpc=config), FakeEngine()) as address:
-        target = f"localhost:{address.rpartition(':')[2]}"
-        root, secret = certificate.read_bytes(), key.read_bytes()
-        trusted = grpc.ssl_channel_credentials(root, secret, root)
-        async with grpc.aio.secure_channel(target, trusted) as channel:
-            stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
-            assert (await stub.Generate(pb.GenerateRequest(generation=limited(2)))).choices[0].text == "ab"
-        async with grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(root)) as channel:
-            stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.Generate(pb.GenerateRequest(generation=limited(2)))
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-
-
-async def test_an_unreadable_certificate_is_a_config_error(tmp_path: Path) -> None:
-    config = GrpcConfig(port=0, tls_cert=tmp_path / "none.pem", tls_key=tmp_path / "none.key")
-    with pytest.raises(ConfigError, match=r"grpc\.tls_key: cannot read"):
-        async with running_server(edge_config(grpc=config), FakeEngine()):
-            pass
 
 
 async def test_the_banner_says_what_is_served(capsys: pytest.CaptureFixture[str]) -> None:

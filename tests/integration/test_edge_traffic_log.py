@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -28,6 +29,23 @@ def test_a_url_that_no_store_serves_is_a_config_error() -> None:
     url = "nosuchprotocol://bucket"
     with pytest.raises(ConfigError, match=r"^traffic_log\.url: "):
         TrafficLog(url, TrafficLogConfig(url=url), new_metrics()[1])
+
+
+async def test_only_an_object_store_has_a_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDRAFT_CACHE_DIR", str(tmp_path / "cache"))
+    url = str(tmp_path / "traffic")
+    local = TrafficLog(url, TrafficLogConfig(url=url), new_metrics()[1])
+    assert local.spool is None
+    await local.close()
+    assert not (tmp_path / "cache").exists()
+
+    url = f"memory://{uuid4().hex}"
+    remote = TrafficLog(url, TrafficLogConfig(url=url), new_metrics()[1])
+    assert remote.spool is not None
+    assert remote.spool.place == str(tmp_path / "cache" / "traffic-spool")
+    with pytest.raises(ConfigError, match=r"traffic_log\.spool_dir"):  # two servers, and neither said where
+        TrafficLog(url, TrafficLogConfig(url=url), new_metrics()[1])
+    await remote.close()
 
 
 async def test_old_shards_are_deleted_and_a_store_that_fails_does_not_end_the_server(

@@ -21,10 +21,11 @@ Manifest = dict[str, Any]
 
 def require(tool: str) -> Path:
     """The tool's path; without it the test is skipped, and the reason says what is not tested and why."""
-    path = TOOLS / "checks" / "bin" / tool if tool in ("hadolint", "python") else TOOLS / "bin" / tool
+    environment = {"hadolint": "checks", "python": "checks", "moto_server": "s3"}.get(tool, "")
+    path = TOOLS / environment / "bin" / tool
     if path.is_file():
         return path
-    note = TOOLS / "missing" / ("checks" if path.parent.parent.name == "checks" else tool)
+    note = TOOLS / "missing" / (environment or tool)
     reason = note.read_text().strip() if note.is_file() else "run `make tools`"
     pytest.skip(f"NOT TESTED, no {tool}: {reason}")
 

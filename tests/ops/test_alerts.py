@@ -102,6 +102,7 @@ def test_rules_use_labels_that_exist() -> None:
 def test_rules_use_label_values_that_exist() -> None:
     from redraft.telemetry.metrics import SKIP_REASONS
     from redraft.telemetry.rollout_metrics import ROLLBACK_REASONS
+    from redraft.telemetry.security_metrics import RELOAD_RESULTS
 
     text = _expressions()
     for metric, label, known in (
@@ -109,6 +110,7 @@ def test_rules_use_label_values_that_exist() -> None:
         ("redraft_draft_rollbacks_total", "reason", ROLLBACK_REASONS),
         ("redraft_draft_info", "role", ("active", "previous")),
         ("redraft_traffic_log_records_total", "result", ("dropped",)),
+        ("redraft_credential_reloads_total", "result", RELOAD_RESULTS),
     ):
         named = re.findall(metric + r"\{" + label + r'=~?"([^"]+)"', text)
         assert named, metric

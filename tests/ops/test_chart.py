@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from redraft_server.config import TrafficLogConfig
 from scripts.chart_docs import CHART, OWN_SETTINGS, README, SCHEMA, documented_values, render_readme, render_schema
 from tests.ops.charts import Helm, HelmFailed, environment, kinds, one, pod_specs
 from tests.ops.values_sets import BUCKETS, REFUSED, VALUES
@@ -121,6 +122,32 @@ def test_autoscaling_owns_the_number_of_servers(helm4: Helm) -> None:
     scaler = one(manifests, "HorizontalPodAutoscaler")["spec"]
     assert scaler["metrics"][0]["pods"]["metric"]["name"] == "redraft_requests_waiting"
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "spool_bytes"),
+    [
+        ({"storage": BUCKETS}, TrafficLogConfig().spool_bytes),
+        ({"storage": BUCKETS, "server": {"config": {"traffic_log": {"spool_bytes": 2**33}}}}, 2**33),
+        (
+            {"server": {"configFromSecret": {"traffic_log.url": {"name": "s", "key": "k"}}}},
+            TrafficLogConfig().spool_bytes,
+        ),
+        ({"storage": {"trafficLog": {"type": "newClaim"}}}, None),
+        ({}, None),
+    ],
+)
+def test_spool_has_a_volume_that_it_cannot_overflow(
+    helm4: Helm, values: dict[str, Any], spool_bytes: int | None
+) -> None:
+    """Beyond the limit of an emptyDir, the Pod is evicted."""
+    spec = one(helm4.render(values), "Deployment")["spec"]["template"]["spec"]
+    limits = [volume["emptyDir"]["sizeLimit"] for volume in spec["volumes"] if volume["name"] == "spool"]
+    mounts = [mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == "spool"]
+    assert [int(limit) - 2**26 for limit in limits] == ([] if spool_bytes is None else [spool_bytes])
+    directory = environment(spec).get("REDRAFT_SERVER__TRAFFIC_LOG__SPOOL_DIR")
+    assert mounts == ([] if directory is None else [directory])
+    assert (directory is None) == (spool_bytes is None)
 
 
 def test_gpu_is_a_limit_beside_the_others(helm4: Helm) -> None:

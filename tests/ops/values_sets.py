@@ -19,6 +19,7 @@ VALUES: dict[str, dict[str, Any]] = {
                 "speculation": {"num_speculative_tokens": 6, "adaptive": True},
                 "traffic_log": {"roll_bytes": 268435456, "sample_rate": 0.25, "retention_days": "null"},
                 "limits": {"request_timeout_s": 120.5},
+                "tracing": {"endpoint": "http://collector:4318/v1/traces", "sample_ratio": 0.1},
             }
         },
         "huggingFace": {"existingSecret": "hub"},
@@ -38,6 +39,11 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "autoscaling": {"autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 8, "targetRequestsWaiting": 2}},
     "TLS": {"tls": {"existingSecret": "cert"}},
+    "API keys": {
+        "auth": {"existingSecret": "keys", "key": "redraft-keys.yaml"},
+        "tls": {"existingSecret": "cert"},
+        "test": {"apiKeySecret": "key"},
+    },
     "mutual TLS": {"tls": {"existingSecret": "cert", "clientAuth": True, "testClientSecret": "client"}},
     "CronJob on object storage": {
         "storage": BUCKETS,
@@ -68,6 +74,36 @@ VALUES: dict[str, dict[str, Any]] = {
             "work": {"type": "emptyDir", "size": ""},
         },
         "retraining": {"runNow": "after-fix-7"},
+    },
+    "retention on object storage": {
+        "storage": BUCKETS,
+        "objectStore": {"existingSecret": "s3", "region": "eu-central-1"},
+        "huggingFace": {"existingSecret": "hub"},
+        "retention": {
+            "enabled": True,
+            "days": 7.5,
+            "schedule": "0 2 * * *",
+            "resources": {"limits": {"memory": "1Gi"}},
+            "nodeSelector": {"pool": "batch"},
+            "tolerations": [{"key": "batch", "operator": "Exists"}],
+            "priorityClassName": "batch",
+            "podAnnotations": {"example.com/a": "b"},
+            "extraEnv": {"HTTPS_PROXY": "http://proxy:3128"},
+        },
+        "server": {
+            "config": {
+                "traffic_log": {
+                    "redact": ["email", "card"],
+                    "redact_patterns": ["(?i)project <x>, \\d{2,4}"],
+                    "exclude_tenants": ["acme", ""],
+                }
+            }
+        },
+        "networkPolicy": {"enabled": True},
+    },
+    "retention on a claim": {
+        "storage": {"trafficLog": {"type": "newClaim"}},
+        "retention": {"enabled": True, "suspend": True},
     },
     "capture only": {"storage": {"trafficLog": {"type": "emptyDir", "size": "5Gi"}}},
     "monitoring": {
@@ -141,12 +177,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"storage": BUCKETS, "server": {"configFromSecret": {"registry.url": {"name": "s", "key": "k"}}}},
         "REGISTRY__URL is set by the chart already",
     ),
+    "processes without GPUs": (
+        {"server": {"config": {"model": {"tensor_parallel": 4}}, "gpu": {"count": 2}}},
+        "set server.gpu.count to as many",
+    ),
     "no replicas as text": ({"server": {"replicas": "two"}}, "replicas"),
     "two schedulers": (
         {"storage": BUCKETS, "retraining": {"cron": {"enabled": True}, "loop": {"enabled": True}}},
         "enable one of the two",
     ),
     "retraining without traffic": ({"retraining": {"cron": {"enabled": True}}}, "storage.trafficLog.type must be"),
+    "retention without traffic": ({"retention": {"enabled": True}}, "storage.trafficLog.type must be"),
+    "retention twice": (
+        {
+            "storage": BUCKETS,
+            "retention": {"enabled": True},
+            "server": {"config": {"traffic_log": {"retention_days": 3}}},
+        },
+        "RETENTION_DAYS is set by the chart already",
+    ),
+    "retention of everything": ({"storage": BUCKETS, "retention": {"enabled": True, "days": 0}}, "days"),
+    "a pattern that does not exist": ({"server": {"config": {"traffic_log": {"redact": ["emial"]}}}}, "redact"),
     "retraining with a registry of its own": (
         {"storage": {**BUCKETS, "registry": {"type": "emptyDir"}}, "retraining": {"runNow": "x"}},
         "storage.registry.type must be",
@@ -162,6 +213,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mutual TLS and no client for the test": (
         {"tls": {"existingSecret": "s", "clientAuth": True}},
         "tls.testClientSecret",
+    ),
+    "API keys and none for the test": ({"auth": {"existingSecret": "s"}}, "test.apiKeySecret"),
+    "a spool of a size that the chart cannot know": (
+        {"server": {"configFromSecret": {"traffic_log.spool_bytes": {"name": "s", "key": "k"}}}},
+        "give it in server.config",
     ),
     "an update that cannot proceed": ({"server": {"strategy": {"maxSurge": 0}}}, "cannot proceed"),
     "fewest above most": ({"autoscaling": {"enabled": True, "minReplicas": 9}}, "more than autoscaling.maxReplicas"),

@@ -45,11 +45,17 @@ def exported_families() -> dict[str, tuple[str, frozenset[str]]]:
         RequestObservation("Generate", "OK", "eos", 1.0, 1.0, 1.0, 1.0, 1.0, generation_tokens=4)
     )
     metrics.observe_rpc("s", "m", "OK", 1.0)
+    metrics.observe_spans("ended", 1)
     metrics.observe_traffic_records("written", 1)
     metrics.observe_traffic_dropped("queue_full", 1)
+    metrics.observe_traffic_redacted("email", 1)
     metrics.observe_traffic_flush(1, 1.0, 1.0)
+    metrics.set_traffic_spool(1, 1.0)
+    metrics.observe_traffic_upload_failure()
     metrics.rollout.set_drafts({"d": DraftDescription("active", 1.0, 1.0, 0.5, 0.4)})
     metrics.rollout.observe_shadow("d", 0.5, 1)
+    metrics.rollout.set_refused(1)
+    metrics.security.set_certificate_expiry("server", 1.0)
     found: dict[str, tuple[str, frozenset[str]]] = {}
     for family in registry.collect():
         samples = [sample for sample in family.samples if not sample.name.endswith("_created")]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from rich.console import Console
 
 from redraft.files import atomic_directory as atomic_directory
 from redraft.files import sha256_file as sha256_file
+
+_log = logging.getLogger("redraft.models")
 
 CACHE_DIR_VARIABLE = "REDRAFT_CACHE_DIR"
 
@@ -27,7 +31,10 @@ def cache_directory() -> Path:
 
 
 def stderr_progress(line: str) -> None:
-    """Show a progress line on standard error."""
+    """Show a progress line on standard error: to a person as it is, to a collector of logs as one of them."""
+    if _log.hasHandlers() and not sys.stderr.isatty():
+        _log.info("%s", line)
+        return
     Console(stderr=True, highlight=False).print(line, style="dim", markup=False, soft_wrap=True)
 
 

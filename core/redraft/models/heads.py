@@ -90,5 +90,6 @@ def _has_bias(head: nn.Module) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    same_kind = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    # a shard of a tensor-parallel model is of another type than a tensor
+    same_kind = type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
     return same_kind and (a is b or torch.equal(a, b))

@@ -12,12 +12,22 @@ from transformers import PretrainedConfig
 
 
 class KVCache:
-    """One model's keys and values: `keys[layer]`, `values[layer]` are [kv_heads, num_slots, head_dim]."""
+    """One model's keys and values: `keys[layer]`, `values[layer]` are [kv_heads, num_slots, head_dim].
+
+    `kv_heads` are those that this process computes (None: all of the model's).
+    """
 
     def __init__(
-        self, config: PretrainedConfig, num_slots: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: PretrainedConfig,
+        num_slots: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kv_heads: int | None = None,
     ) -> None:
-        heads, head_dim = kv_shape(config)
+        all_heads, head_dim = kv_shape(config)
+        heads = all_heads if kv_heads is None else kv_heads
         shape = (config.num_hidden_layers, heads, num_slots, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from redraft.errors import ModelError, ModelNotFound, UnsupportedModel
 from redraft.models.cache import Progress, sha256_file, stderr_progress
 from redraft.models.checkpoint_files import weight_files
+from redraft.models.parallel import check_shardable, sharding_options
 from redraft.models.ref import ModelRef
 from redraft.models.source import CheckpointSource, resolve_source
 
@@ -62,13 +63,15 @@ def load_model(
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
     cache_dir: Path | None = None,
+    num_shards: int = 1,
     progress: Progress = stderr_progress,
 ) -> LoadedModel:
     """Fetch (once) and load the model that `ref` names.
 
     `dtype` None keeps the checkpoint's own. `attn_implementation` is a name known to transformers or
     registered with its `AttentionInterface` (None: transformers' choice). A head tied to the embedding stays
-    one tensor with it. `cache_dir` holds converted models (None: the user's cache).
+    one tensor with it. `cache_dir` holds converted models (None: the user's cache). With `num_shards` above 1 the
+    result is this process's shard, on the device of its rank instead of `device` (see `parallel_group.join_group`).
 
     Raises `ModelNotFound`, `UnsafeCheckpoint` (pickled weights only), `ChecksumMismatch`, `UnsupportedModel`
     (not decoder-only, needs its own code, or an attention that transformers lacks), or `ModelError` for
@@ -78,8 +81,11 @@ def load_model(
     files = weight_files(source.directory)
     config = read_config(source)
     progress(f"Loading {source.name} ({sum(file.stat().st_size for file in files) / 1e6:,.0f} MB)")
-    model = _load_weights(source, config, dtype, attn_implementation)
-    torch.nn.Module.to(model, device=torch.device(device))  # transformers' own `to` is wrapped, and untyped
+    if num_shards > 1:
+        check_shardable(config, num_shards, source.name)
+    model = _load_weights(source, config, dtype, attn_implementation, num_shards)
+    if num_shards == 1:
+        torch.nn.Module.to(model, device=torch.device(device))  # transformers' own `to` is wrapped, and untyped
     torch.nn.Module.eval(model).requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -155,8 +161,11 @@ def _load_weights(
     config: PreTrainedConfig,
     dtype: torch.dtype | None,
     attn_implementation: str | None,
+    num_shards: int,
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype or "auto"}
+    if num_shards > 1:
+        options |= sharding_options(num_shards)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     auto: Any = AutoModelForCausalLM

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from redraft.models.attention import ATTENTION_NAME, PagedContext, Segment
 from redraft.models.heads import reduce_head
-from redraft.models.kv_cache import KVCache
+from redraft.models.kv_cache import KVCache, kv_shape
 from redraft.models.packed import pack_linears
+from redraft.models.parallel import local_kv_heads, num_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class ModelRunner:
 
     Args:
         model: a decoder-only transformers model, in eval mode. The runner owns it from now on: its attention and, on a
-            CPU, its linear layers are replaced in place.
+            CPU, its linear layers are replaced in place. Of a tensor-parallel one (`parallel`), this process's shard.
         num_blocks, block_size: size of the KV cache, shared block ids with every other runner of the engine.
         vocab_size: ids the tokenizer knows; logits of padding ids above it are cut off, so they are never drawn.
             A model with fewer logits than that gets -inf for the rest.
@@ -59,15 +60,16 @@ class ModelRunner:
             reduce_head(model, output_ids)
             output_ids = output_ids.to(model.device)
         self.output_ids = output_ids
-        pack_linears(model)
+        if num_shards(model) == 1:  # the plan's hooks are on the linears themselves
+            pack_linears(model)
         self.model = model
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.device = model.device
-        self.cache = KVCache(
-            model.config.get_text_config(), num_blocks * block_size, dtype=model.dtype, device=self.device
-        )
+        config = model.config.get_text_config()
+        kv_heads = local_kv_heads(model, kv_shape(config)[0])
+        self.cache = KVCache(config, num_blocks * block_size, dtype=model.dtype, device=self.device, kv_heads=kv_heads)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -48,6 +48,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from redraft.telemetry.draft_metrics import STEP_SECONDS_BUCKETS, DraftMetrics
 from redraft.telemetry.observations import RequestObservation, StepObservation
 from redraft.telemetry.rollout_metrics import RolloutMetrics
+from redraft.telemetry.security_metrics import SecurityMetrics
+from redraft.telemetry.spool_metrics import SpoolMetrics
+from redraft.traffic.writer import DROP_REASONS
 
 SKIP_REASONS = ("disabled", "no_draft")
 """Why a sequence decoded without a draft. Others may be reported; these are on the page from the start."""
@@ -80,8 +83,13 @@ class ServerMetrics:
         self._requests = _RequestMetrics(registry, model)
         self._traffic = _TrafficMetrics(registry)
         self._rpcs = _RpcMetrics(registry)
+        self._spans = Counter(
+            "redraft_trace_spans_total", "Trace spans, by what became of them.", ("result",), registry=registry
+        )
         self.rollout = RolloutMetrics(registry, model)
         """Of the rollout of drafts."""
+        self.security = SecurityMetrics(registry)
+        """Of API keys and certificates."""
 
     def observe_step(self, step: StepObservation) -> None:
         """Count one engine step. A sequence with no drafted token is no draft (vLLM counts likewise)."""
@@ -113,19 +121,35 @@ class ServerMetrics:
         """Count one finished RPC; `service` is the full name, `code` the gRPC status name (`OK`)."""
         self._rpcs.observe(service, method, code, seconds)
 
-    # The next three are `redraft.traffic.writer.TrafficObserver`.
+    def observe_spans(self, result: str, count: int) -> None:
+        """Count trace spans: `ended` ones and, of these, `exported` and `failed` ones."""
+        self._spans.labels(result).inc(count)
+
+    # The next six are `redraft.traffic.spool.SpoolObserver`.
 
     def observe_traffic_records(self, result: str, count: int) -> None:
-        """Count records by what became of them: written, dropped or sampled_out."""
+        """Count records by what became of them: written, dropped, sampled_out, excluded or redacted."""
         self._traffic.records.labels(result).inc(count)
 
     def observe_traffic_dropped(self, reason: str, count: int) -> None:
         """Count lost records by reason."""
         self._traffic.dropped.labels(reason).inc(count)
 
+    def observe_traffic_redacted(self, pattern: str, count: int) -> None:
+        """Count records withheld for their text, by the pattern that found it."""
+        self._traffic.redacted.labels(pattern).inc(count)
+
     def observe_traffic_flush(self, num_bytes: int, seconds: float, unix_s: float) -> None:
         """Count one shard that reached the store at `unix_s`."""
         self._traffic.observe_flush(num_bytes, seconds, unix_s)
+
+    def set_traffic_spool(self, num_bytes: int, oldest_unix_s: float | None) -> None:
+        """State what waits for the object store: bytes of shards, and when the oldest was written."""
+        self._traffic.spool.set(num_bytes, oldest_unix_s)
+
+    def observe_traffic_upload_failure(self) -> None:
+        """Count one try to send a shard that the object store did not take."""
+        self._traffic.spool.failures.inc()
 
 
 class _StepMetrics:
@@ -249,6 +273,16 @@ class _TrafficMetrics:
         self.dropped = Counter(
             "redraft_traffic_log_dropped_total", "Records lost, by reason.", ("reason",), registry=registry
         )
+        for result in ("written", "dropped"):  # there from the start: a rate misses what a new series begins with
+            self.records.labels(result)
+        for reason in DROP_REASONS:
+            self.dropped.labels(reason)
+        self.redacted = Counter(
+            "redraft_traffic_log_redacted_total",
+            "Records withheld for their text, by the pattern that found it.",
+            ("pattern",),
+            registry=registry,
+        )
         self._bytes = Counter("redraft_traffic_log_bytes_total", "Bytes of shards written.", registry=registry)
         self._seconds = Histogram(
             "redraft_traffic_log_flush_seconds",
@@ -261,6 +295,7 @@ class _TrafficMetrics:
             "Unix time of the last shard.",
             registry=registry,
         )
+        self.spool = SpoolMetrics(registry)
 
     def observe_flush(self, num_bytes: int, seconds: float, unix_s: float) -> None:
         self._bytes.inc(num_bytes)

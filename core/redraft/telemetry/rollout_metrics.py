@@ -49,7 +49,7 @@ class RolloutMetrics:
         self._state = gauge("rollout_state", "1 for what the rollout does now, else 0.", "state")
         self._swaps = counter("draft_swaps", "Changes of the active draft.").labels(model)
         self._rollbacks = counter("draft_rollbacks", "Drafts withdrawn from service, by reason.", "reason")
-        self._refused = gauge("registry_refused_drafts", "Drafts in the registry that the gate refused.").labels(model)
+        self._refused = gauge("registry_refused_drafts", "Drafts in the registry that the gate refused.")
         self._errors = counter("registry_errors", "Failures to read, load from or write to the registry.", "operation")
         self._shown: dict[str, DraftDescription] = {}
         self.set_state("idle")
@@ -103,8 +103,8 @@ class RolloutMetrics:
         self._errors.labels(self._model, operation).inc()
 
     def set_refused(self, count: int) -> None:
-        """State how many drafts in the registry did not pass the gate."""
-        self._refused.set(count)
+        """State how many drafts in the registry did not pass the gate. Not exported before: unknown is not 0."""
+        self._refused.labels(self._model).set(count)
 
     def forget(self, version: str) -> None:
         """Drop the counters of a draft that has left."""

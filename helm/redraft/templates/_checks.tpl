@@ -32,14 +32,27 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- if and $v.retention.enabled (has $v.storage.trafficLog.type (list "none" "emptyDir")) -}}
+{{- fail (printf "retention deletes what the servers have recorded: storage.trafficLog.type must be newClaim, existingClaim or url, not %s" $v.storage.trafficLog.type) -}}
+{{- end -}}
 {{- if and $v.tls.clientAuth (not $v.tls.existingSecret) -}}
 {{- fail "tls.clientAuth needs tls.existingSecret" -}}
 {{- end -}}
 {{- if and $v.tls.clientAuth (not $v.tls.testClientSecret) -}}
 {{- fail "tls.clientAuth: helm test is a client too, name its certificate in tls.testClientSecret" -}}
 {{- end -}}
+{{- if and $v.auth.existingSecret (not $v.test.apiKeySecret) -}}
+{{- fail "auth.existingSecret: helm test is a client too, name a Secret with an API key in test.apiKeySecret" -}}
+{{- end -}}
+{{- $processes := dig "model" "tensor_parallel" 1 $v.server.config -}}
+{{- if and (gt (int $processes) 1) (ne (int $processes) (int $v.server.gpu.count)) -}}
+{{- fail (printf "server.config.model.tensor_parallel is %v: set server.gpu.count to as many" $processes) -}}
+{{- end -}}
 {{- if and (eq $v.server.strategy.type "RollingUpdate") (not $v.server.strategy.maxSurge) (not $v.server.strategy.maxUnavailable) -}}
 {{- fail "server.strategy: an update cannot proceed with maxSurge and maxUnavailable both 0" -}}
+{{- end -}}
+{{- if hasKey $v.server.configFromSecret "traffic_log.spool_bytes" -}}
+{{- fail "server.configFromSecret: traffic_log.spool_bytes decides the size of a volume, so give it in server.config" -}}
 {{- end -}}
 {{- if and $v.autoscaling.enabled (gt (int $v.autoscaling.minReplicas) (int $v.autoscaling.maxReplicas)) -}}
 {{- fail "autoscaling.minReplicas is more than autoscaling.maxReplicas" -}}

@@ -43,18 +43,25 @@ REDRAFT_SERVER__{{ . | replace "." "__" | upper }}
 {{- define "redraft.env.common" -}}
 {{- $all := index . 0 -}}
 {{- $root := index . 1 -}}
-{{- $store := $root.Values.objectStore -}}
 {{- $common := dict "HOME" "/tmp" "HF_HOME" "/var/cache/redraft/huggingface" "REDRAFT_CACHE_DIR" "/var/cache/redraft/models" -}}
 {{- with $root.Values.huggingFace.existingSecret -}}
 {{- $_ := set $common "HF_TOKEN" (include "redraft.env.secret" (list . $root.Values.huggingFace.key) | fromYaml) -}}
 {{- end -}}
-{{- with $store.existingSecret -}}
-{{- $_ := set $common "AWS_ACCESS_KEY_ID" (include "redraft.env.secret" (list . $store.accessKeyIdKey) | fromYaml) -}}
-{{- $_ := set $common "AWS_SECRET_ACCESS_KEY" (include "redraft.env.secret" (list . $store.secretAccessKeyKey) | fromYaml) -}}
-{{- end -}}
-{{- with $store.endpointUrl }}{{ $_ := set $common "AWS_ENDPOINT_URL" . }}{{ end -}}
-{{- with $store.region }}{{ $_ := set $common "AWS_DEFAULT_REGION" . }}{{ end -}}
 {{- include "redraft.env.add" (list $all $common) -}}
+{{- include "redraft.env.objectStore" (list $all $root) -}}
+{{- end -}}
+
+{{- /* Call with (list $all $) */ -}}
+{{- define "redraft.env.objectStore" -}}
+{{- $store := (index . 1).Values.objectStore -}}
+{{- $own := dict -}}
+{{- with $store.existingSecret -}}
+{{- $_ := set $own "AWS_ACCESS_KEY_ID" (include "redraft.env.secret" (list . $store.accessKeyIdKey) | fromYaml) -}}
+{{- $_ := set $own "AWS_SECRET_ACCESS_KEY" (include "redraft.env.secret" (list . $store.secretAccessKeyKey) | fromYaml) -}}
+{{- end -}}
+{{- with $store.endpointUrl }}{{ $_ := set $own "AWS_ENDPOINT_URL" . }}{{ end -}}
+{{- with $store.region }}{{ $_ := set $own "AWS_DEFAULT_REGION" . }}{{ end -}}
+{{- include "redraft.env.add" (list (index . 0) $own) -}}
 {{- end -}}
 
 {{- define "redraft.env.secret" -}}
@@ -83,8 +90,18 @@ valueFrom:
 {{- $_ := set $own "REDRAFT_SERVER__GRPC__TLS_CLIENT_CA" "/etc/redraft/tls/ca.crt" -}}
 {{- end -}}
 {{- end -}}
+{{- if .Values.auth.existingSecret -}}
+{{- $_ := set $own "REDRAFT_SERVER__AUTH__KEYS_FILE" "/etc/redraft/auth/keys.yaml" -}}
+{{- end -}}
 {{- with include "redraft.storage.url" (list .Values.storage.trafficLog "traffic") -}}
 {{- $_ := set $own "REDRAFT_SERVER__TRAFFIC_LOG__URL" . -}}
+{{- end -}}
+{{- if .Values.retention.enabled -}}
+{{- /* One place deletes: the CronJob */ -}}
+{{- $_ := set $own "REDRAFT_SERVER__TRAFFIC_LOG__RETENTION_DAYS" "null" -}}
+{{- end -}}
+{{- if include "redraft.spools" . -}}
+{{- $_ := set $own "REDRAFT_SERVER__TRAFFIC_LOG__SPOOL_DIR" "/var/lib/redraft/spool" -}}
 {{- end -}}
 {{- with include "redraft.storage.url" (list .Values.storage.registry "registry") -}}
 {{- $_ := set $own "REDRAFT_SERVER__REGISTRY__URL" . -}}

@@ -40,6 +40,16 @@
 {{- end }}
 {{- end -}}
 
+{{- /* Whether the traffic log is in an object store: then servers have a spool */ -}}
+{{- define "redraft.spools" -}}
+{{- if or (eq .Values.storage.trafficLog.type "url") (hasKey .Values.server.configFromSecret "traffic_log.url") -}}true{{- end -}}
+{{- end -}}
+
+{{- /* What the spool may hold and some room: beyond this limit a Pod is evicted */ -}}
+{{- define "redraft.spoolLimit" -}}
+{{- add (dig "traffic_log" "spool_bytes" 1073741824 .Values.server.config | int64) 67108864 -}}
+{{- end -}}
+
 {{- /* Volumes that servers and trainer share, and /tmp, since the root file system is read-only */ -}}
 {{- define "redraft.volumes" -}}
 - name: tmp

@@ -74,13 +74,20 @@ spec:
 {{- end -}}
 
 {{- define "redraft.trainer.jobSpec" -}}
-{{- $trainer := .Values.retraining -}}
-backoffLimit: {{ $trainer.backoffLimit }}
-activeDeadlineSeconds: {{ int64 $trainer.activeDeadlineSeconds }}
-ttlSecondsAfterFinished: {{ int64 $trainer.ttlSecondsAfterFinished }}
+{{- include "redraft.job.tries" (list .Values.retraining "trainer") }}
+template:
+  {{- include "redraft.trainer.template" (list . "run" "Never") | nindent 2 }}
+{{- end -}}
+
+{{- /* How long and how often a Job is tried. Call with (list $values "container") */ -}}
+{{- define "redraft.job.tries" -}}
+{{- $job := index . 0 -}}
+backoffLimit: {{ $job.backoffLimit }}
+activeDeadlineSeconds: {{ int64 $job.activeDeadlineSeconds }}
+ttlSecondsAfterFinished: {{ int64 $job.ttlSecondsAfterFinished }}
 podFailurePolicy:
   rules:
-    # Evicted or preempted: not the run's fault, it starts again and goes on from its checkpoint
+    # Evicted or preempted: not the run's fault, it starts again and goes on where it was
     - action: Ignore
       onPodConditions:
         - type: DisruptionTarget
@@ -88,9 +95,7 @@ podFailurePolicy:
     # Wrong usage: trying again would end the same way
     - action: FailJob
       onExitCodes:
-        containerName: trainer
+        containerName: {{ index . 1 }}
         operator: In
         values: [2]
-template:
-  {{- include "redraft.trainer.template" (list . "run" "Never") | nindent 2 }}
 {{- end -}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +12,8 @@ from redraft.errors import ConfigError
 from redraft.models.block_pool import BlockPool
 from redraft.models.kv_cache import kv_bytes_per_token
 from redraft.models.loader import LoadedModel, load_model
+from redraft.models.parallel import local_tensor
+from redraft.models.parallel_group import LeadingRunner
 from redraft.models.ref import ModelRef
 from redraft.models.tokenizer import Tokenizer, load_tokenizer
 from redraft.speculation.cost import StepCost, measure_cost
@@ -24,6 +26,7 @@ from redraft.telemetry.metrics import ServerMetrics
 from redraft.traffic.writer import TrafficWriter
 from redraft_server.config import ServerConfig
 from redraft_server.engine.api import EngineInfo
+from redraft_server.engine.devices import model_device, model_dtype, start_group
 from redraft_server.engine.drafts import DraftHost, ResidentDraft, RunnerSizes
 from redraft_server.engine.engine import Engine, EngineParts
 from redraft_server.engine.observe import DraftMonitor
@@ -57,10 +60,11 @@ def build_engine(
         ModelError: a model cannot be had or used; TokenizerMismatch if target and draft do not fit together.
         ConfigError: settings that contradict the model (a context longer than it has).
     """
-    device = _device(config.model.device)
+    device = model_device(config.model.device)
     if config.model.threads is not None:
         torch.set_num_threads(config.model.threads)
     target_ref = ModelRef.parse(config.model.target)
+    group = None if config.model.tensor_parallel == 1 else start_group(config, target_ref)
     target = _load(target_ref, config, device)
     tokenizer = load_tokenizer(target_ref, cache_dir=config.model.cache_dir)
     pool = BlockPool(
@@ -69,7 +73,7 @@ def build_engine(
         prefix_cache=config.engine.prefix_cache,
     )
     sizes = RunnerSizes(pool.num_blocks, pool.block_size, tokenizer.vocab_size)
-    runner = sizes.runner(target)
+    runner = sizes.runner(target) if group is None else LeadingRunner(target.model, group, **asdict(sizes))
     target_cost = measure_cost(runner)
     host = DraftHost(
         target,
@@ -113,21 +117,14 @@ def build_engine(
     return Built(engine, host, draft)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device: cuda was asked for, but torch sees no GPU; set model.device to cpu")
-    return device
-
-
 def _load(ref: ModelRef, config: ServerConfig, device: torch.device) -> LoadedModel:
-    if config.model.dtype == "auto":
-        dtype = torch.float32 if device.type == "cpu" else None
-    else:
-        dtype = getattr(torch, config.model.dtype)
-    return load_model(ref, dtype=dtype, device=device, cache_dir=config.model.cache_dir)
+    return load_model(
+        ref,
+        dtype=model_dtype(config.model, device),
+        device=device,
+        cache_dir=config.model.cache_dir,
+        num_shards=config.model.tensor_parallel,
+    )
 
 
 def _proposer(config: ServerConfig, vocab_size: int, router: DraftRouter, target_cost: StepCost) -> Proposer | None:
@@ -184,5 +181,6 @@ def _info(
 
 def _num_bytes(models: Sequence[PreTrainedModel]) -> int:
     """Bytes the weights occupy: parameters and packed copies, what is tied or shared between models once."""
-    tensors = {t.data_ptr(): t for model in models for t in (*model.parameters(), *model.buffers())}
+    whole = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    tensors = {t.data_ptr(): t for t in map(local_tensor, whole)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

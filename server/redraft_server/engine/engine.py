@@ -278,7 +278,8 @@ class Engine:
 
     def _fault(self, scheduled: list[Scheduled]) -> None:
         """A bug or an exhausted device: the step's requests end, the engine goes on; three in a row end it."""
-        logger.exception("engine step failed", extra={"num_sequences": len(scheduled)})
+        ids = sorted({s.completion.request.spec.request_id for s in scheduled})
+        logger.exception("engine step failed", extra={"num_sequences": len(scheduled), "request_ids": ids})
         self._faults += 1
         for request in {s.completion.request for s in scheduled}:
             self._delivery.abort(request, FinishReason.ERROR, "the engine failed in a step")

@@ -26,7 +26,7 @@ class Recorder:
     Args:
         sink: takes the records.
         info: names the model that the records are of.
-        observer: counts records that could not be made.
+        observer: counts records that could not, or must not, be made.
     """
 
     def __init__(self, sink: RecordSink, info: EngineInfo, observer: TrafficObserver | None = None) -> None:
@@ -36,16 +36,23 @@ class Recorder:
 
     def record(self, completion: Completion, now: float) -> None:
         """Offer the record, unless the request opted out or nothing was generated. Never raises."""
-        if not completion.request.spec.log_traffic or completion.num_final_tokens == 0:
+        if completion.num_final_tokens == 0:
+            return
+        if not completion.request.spec.log_traffic:
+            self._count("excluded")
             return
         try:
             self._sink.offer(self._build(completion, now))
         except Exception:
             # A request must get its end, whatever is wrong with its record.
             logger.exception("traffic record not made", extra={"request_id": completion.request.spec.request_id})
+            self._count("dropped")
             if self._observer is not None:
-                self._observer.observe_traffic_records("dropped", 1)
                 self._observer.observe_traffic_dropped("invalid_record", 1)
+
+    def _count(self, result: str) -> None:
+        if self._observer is not None:
+            self._observer.observe_traffic_records(result, 1)
 
     def _build(self, completion: Completion, now: float) -> TrafficRecord:
         request = completion.request

@@ -175,8 +175,7 @@ class Rollout:
         self._publish()
 
     def _follow_registry(self) -> None:
-        changes = self._ledger.poll()
-        for change in changes:
+        for change in self._ledger.poll():
             match change:
                 case DraftRolledBack(entry):
                     self._withdrawn_elsewhere(entry.version)
@@ -185,8 +184,6 @@ class Rollout:
                 case DraftPublished(entry):
                     if self._ledger.current is None or not self._ledger.current.pinned:
                         self._wanted = entry.version
-        if changes:
-            self._ledger.entries()  # for the count of refused ones
 
     def _current_moved(self, current: Current) -> None:
         active = self._fleet.active

@@ -9,9 +9,12 @@ from typing import Protocol
 import grpc
 
 from redraft.telemetry.observations import RequestObservation
+from redraft.telemetry.tracing import RpcSpan
 from redraft_server.engine.api import ChoiceDelta, EngineClient, EngineRequest, FinishReason, RequestFinished
 from redraft_server.rpc.mailbox import Mailbox, MailboxClosed
+from redraft_server.rpc.phases import add_phases
 from redraft_server.rpc.status import StatusError, cancelled, deadline_exceeded, internal
+from redraft_server.security.limits import Admission
 
 
 class RequestMetrics(Protocol):
@@ -22,16 +25,25 @@ class RequestMetrics(Protocol):
 
 @dataclass(slots=True)
 class RequestReport:
-    """Counts one request exactly once, when its RPC has a status and the engine (if it took it) has let go."""
+    """Counts and traces one request exactly once, when its RPC has a status and the engine (if it took it) has let
+    go."""
 
     method: str
     metrics: RequestMetrics
+    span: RpcSpan
+    admission: Admission | None = None
+    """Pays for the tokens, however the request ends."""
     started: float = field(default_factory=time.monotonic)
     num_samples: int = 1
-    admitted: bool = False
+    admitted_ns: int | None = None  # Unix time; None: the engine has not taken it
     finish_reason: str = ""
     finished: RequestFinished | None = None
     code: grpc.StatusCode | None = None
+
+    def note_admitted(self, num_samples: int) -> None:
+        """The engine has taken the request just now."""
+        self.num_samples = num_samples
+        self.admitted_ns = time.time_ns()
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
@@ -39,12 +51,16 @@ class RequestReport:
 
     def set_finished(self, finished: RequestFinished) -> None:
         self.finished = finished
+        if self.admission is not None:
+            self.admission.pay(finished.prompt_tokens + finished.completion_tokens)
         self._emit_if_complete()
 
     def _emit_if_complete(self) -> None:
-        if self.code is None or (self.admitted and self.finished is None):
+        if self.code is None or (self.admitted_ns is not None and self.finished is None):
             return
         end = self.finished
+        if end is not None and self.admitted_ns is not None:
+            add_phases(self.span, self.admitted_ns, end, self.finish_reason)
         generated = end is not None and end.completion_tokens > 0
         self.metrics.observe_request_finished(
             RequestObservation(

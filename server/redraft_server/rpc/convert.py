@@ -12,18 +12,26 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from redraft.sampling.params import Coupling, InvalidParameter, SamplingParams, StoppingParams
+from redraft.sampling.params import (
+    MAX_LOGIT_BIAS_ENTRIES,
+    Coupling,
+    InvalidParameter,
+    SamplingParams,
+    StoppingParams,
+)
 from redraft.v1 import generation_pb2 as pb
 from redraft_server.config import LimitsConfig
 from redraft_server.engine.api import EngineInfo, EngineRequest
 from redraft_server.rpc.status import FieldViolation, in_generation, invalid_argument, model_not_found
 
 MAX_MESSAGES = 1024
+PROMPT_PER_POSITION = 16
+"""Characters, or token ids, for each position of the context; a prompt of more cannot be meant, and is refused before
+it costs anything: tokenizing takes up to 250 bytes of memory for each character."""
 MAX_REQUEST_ID = 128
 MAX_LABEL = 64
 
@@ -126,11 +134,23 @@ def check_model(name: str, info: EngineInfo) -> None:
         raise model_not_found(name, info.model)
 
 
-def parse_generation(generation: pb.Generation, info: EngineInfo, limits: LimitsConfig) -> ParsedGeneration:
-    """The first stage. Raises `StatusError`: NOT_FOUND for the model, INVALID_ARGUMENT with all violations."""
+def is_request_id(text: str) -> bool:
+    """Whether a client may call its request so."""
+    return 0 < len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable()
+
+
+def parse_generation(
+    generation: pb.Generation, info: EngineInfo, limits: LimitsConfig, *, own_id: str
+) -> ParsedGeneration:
+    """The first stage; `own_id` is the request's id if the client gave none.
+
+    Raises `StatusError`: NOT_FOUND for the model, INVALID_ARGUMENT with all violations.
+    """
     check_model(generation.model, info)
     check = _Checker()
-    request_id = _parse_request_id(generation.request_id, check)
+    request_id = generation.request_id or own_id
+    description = f"must be at most {MAX_REQUEST_ID} printable ASCII characters"
+    check.require(is_request_id(request_id), "generation.request_id", description)
     prompt = _parse_prompt(generation, info, check)
     sampling = _parse_sampling(generation.sampling, info, check)
     stopping = _parse_stopping(generation.stopping, info, limits, check)
@@ -183,10 +203,12 @@ def to_engine_request(
     *,
     deadline: float,
     tenant: str,
+    may_log: bool,
 ) -> EngineRequest:
     """The second stage: fit the prompt's tokens and the completion into the context.
 
-    `deadline` is in seconds of `time.monotonic`. Raises `StatusError` INVALID_ARGUMENT.
+    `deadline` is in seconds of `time.monotonic`; `may_log` says whether the tenant's traffic is recorded at all. Raises
+    `StatusError` INVALID_ARGUMENT.
     """
     check = _Checker()
     prompt_field = parsed.prompt.field
@@ -227,7 +249,7 @@ def to_engine_request(
         deadline=deadline,
         tenant=tenant,
         domain=parsed.domain,
-        log_traffic=parsed.log_traffic,
+        log_traffic=parsed.log_traffic and may_log,
     )
 
 
@@ -252,21 +274,12 @@ def parse_chat(chat: pb.Chat, path: str) -> ChatPrompt:
 
 
 def check_token_ids(token_ids: Sequence[int], path: str, info: EngineInfo) -> None:
-    """Raise INVALID_ARGUMENT at the first id that is not in the vocabulary."""
+    """Raise INVALID_ARGUMENT at the first id that is not in the vocabulary, or if there are far too many."""
     check = _Checker()
-    _check_vocabulary(token_ids, path, info, check)
+    most = PROMPT_PER_POSITION * info.context_length
+    if check.require(len(token_ids) <= most, path, f"must be at most {most} ids, but there are {len(token_ids)}"):
+        _check_vocabulary(token_ids, path, info, check)
     check.raise_if_any()
-
-
-def _parse_request_id(request_id: str, check: _Checker) -> str:
-    if not request_id:
-        return uuid.uuid4().hex
-    check.require(
-        len(request_id) <= MAX_REQUEST_ID and request_id.isascii() and request_id.isprintable(),
-        "generation.request_id",
-        f"must be at most {MAX_REQUEST_ID} printable ASCII characters",
-    )
-    return request_id
 
 
 def _parse_prompt(generation: pb.Generation, info: EngineInfo, check: _Checker) -> Prompt | None:
@@ -275,15 +288,20 @@ def _parse_prompt(generation: pb.Generation, info: EngineInfo, check: _Checker) 
             check.require(generation.text != "", "generation.text", "must not be empty")
             return TextPrompt(generation.text)
         case "token_ids":
-            ids = tuple(generation.token_ids.ids)
-            check.require(len(ids) > 0, "generation.token_ids.ids", "must not be empty")
-            _check_vocabulary(ids, "generation.token_ids.ids", info, check)
-            return TokenPrompt(ids)
+            return _parse_token_ids(generation.token_ids.ids, "generation.token_ids.ids", info, check)
         case "chat":
             return _parse_chat(generation.chat, "generation.chat", check)
         case _:
             check.require(False, "generation.prompt", "is required: set text, token_ids or chat")
             return None
+
+
+def _parse_token_ids(ids: Sequence[int], path: str, info: EngineInfo, check: _Checker) -> TokenPrompt | None:
+    most = PROMPT_PER_POSITION * info.context_length
+    if not check.require(0 < len(ids) <= most, path, f"must be 1 to {most} ids, but there are {len(ids)}"):
+        return None
+    _check_vocabulary(ids, path, info, check)
+    return TokenPrompt(tuple(ids))
 
 
 def _parse_chat(chat: pb.Chat, path: str, check: _Checker) -> ChatPrompt:
@@ -292,7 +310,7 @@ def _parse_chat(chat: pb.Chat, path: str, check: _Checker) -> ChatPrompt:
         if not check.require(message.role != "", f"{path}.messages[{index}].role", "must not be empty"):
             break
     return ChatPrompt(
-        messages=tuple((message.role, message.content) for message in chat.messages),
+        messages=tuple((message.role, message.content) for message in chat.messages[:MAX_MESSAGES]),
         add_generation_prompt=not chat.HasField("add_generation_prompt") or chat.add_generation_prompt,
         field=path,
     )
@@ -301,7 +319,8 @@ def _parse_chat(chat: pb.Chat, path: str, check: _Checker) -> ChatPrompt:
 def _parse_sampling(sampling: pb.SamplingParams, info: EngineInfo, check: _Checker) -> SamplingParams | None:
     values: dict[str, Any] = {name: getattr(sampling, name) for name in _SAMPLING_FLOATS if sampling.HasField(name)}
     values |= {name: getattr(sampling, name) for name in ("top_k", "seed") if sampling.HasField(name)}
-    if sampling.logit_bias:
+    few = f"at most {MAX_LOGIT_BIAS_ENTRIES} entries"
+    if check.require(len(sampling.logit_bias) <= MAX_LOGIT_BIAS_ENTRIES, "generation.sampling.logit_bias", few):
         values["logit_bias"] = tuple(sorted(sampling.logit_bias.items()))
         outside = [token_id for token_id in sampling.logit_bias if token_id >= info.vocab_size]
         if outside:
@@ -322,14 +341,18 @@ def _parse_stopping(
     in_range = check.require(
         asked is None or asked <= ceiling, "generation.stopping.max_new_tokens", f"must be at most {ceiling}"
     )
-    _check_vocabulary(stopping.stop_token_ids, "generation.stopping.stop_token_ids", info, check)
+    most_ids = StoppingParams.MAX_STOP_TOKEN_IDS
+    stop_token_ids = stopping.stop_token_ids[:most_ids]
+    _check_vocabulary(stop_token_ids, "generation.stopping.stop_token_ids", info, check)
+    few = f"at most {most_ids} ids"
+    check.require(len(stopping.stop_token_ids) <= most_ids, "generation.stopping.stop_token_ids", few)
     return check.build(
         StoppingParams,
         {
             "max_new_tokens": asked if asked is not None and in_range else ceiling,
             "min_new_tokens": stopping.min_new_tokens,
-            "stop_sequences": tuple(stopping.stop_sequences),
-            "stop_token_ids": frozenset(stopping.stop_token_ids),
+            "stop_sequences": tuple(stopping.stop_sequences[: StoppingParams.MAX_STOP_SEQUENCES + 1]),
+            "stop_token_ids": frozenset(stop_token_ids),
             "include_stop_sequence": stopping.include_stop_sequence,
             "ignore_eos": stopping.ignore_eos,
         },

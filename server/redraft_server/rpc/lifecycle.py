@@ -11,7 +11,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -26,6 +25,9 @@ from redraft_server.rpc.interceptors import RpcInterceptor
 
 GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 READINESS_INTERVAL_S = 0.25
+CONNECTION_AGE_S = 600.0
+"""About when a client is asked to connect anew, its running calls aside: a client that balances looks its servers up
+only then, and would never hear of one that was added."""
 
 # Near the end of the grace period the engine is told to finish; the rest is for the last messages to leave.
 _LAST_MESSAGES_SHARE = 0.2
@@ -48,41 +50,29 @@ def create_server(config: GrpcConfig, rpcs: RpcInterceptor) -> grpc.aio.Server:
         # spelling, min_recv_ping_interval_..., has no effect.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_connection_age_ms", round(CONNECTION_AGE_S * 1000)),
     ]
     return grpc.aio.server(interceptors=[rpcs], options=options)
 
 
-def bind(server: grpc.aio.Server, config: GrpcConfig) -> int:
-    """Listen on the configured address and return the real port.
+def bind(server: grpc.aio.Server, config: GrpcConfig, credentials: grpc.ServerCredentials | None) -> int:
+    """Listen on the configured address, in plain text without `credentials`, and return the real port.
 
     Raises:
-        ConfigError: if the address cannot be had or a TLS file cannot be read.
+        ConfigError: if the address cannot be had.
     """
     host = f"[{config.host}]" if ":" in config.host and not config.host.startswith("[") else config.host
     address = f"{host}:{config.port}"
     try:
-        if config.tls_cert is None or config.tls_key is None:
+        if credentials is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, _credentials(config))
+            port = server.add_secure_port(address, credentials)
     except RuntimeError:
         port = 0
     if port == 0:
         raise ConfigError(f"grpc.host, grpc.port: cannot listen on {address}; is the port in use?")
     return port
-
-
-def _credentials(config: GrpcConfig) -> grpc.ServerCredentials:
-    def read(name: str, path: Path | None) -> bytes:
-        assert path is not None
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"grpc.{name}: cannot read {path}: {error.strerror}") from None
-
-    pair = (read("tls_key", config.tls_key), read("tls_cert", config.tls_cert))
-    client_ca = None if config.tls_client_ca is None else read("tls_client_ca", config.tls_client_ca)
-    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
 
 
 class HealthReporter:

@@ -21,6 +21,7 @@ from redraft_server.engine.api import (
     QueueFull,
     RequestTooLarge,
 )
+from redraft_server.security.errors import AccessRefused
 
 ERROR_DOMAIN = "redraft"
 UNAVAILABLE_RETRY_S = 1.0
@@ -58,6 +59,11 @@ class StatusError(Exception):
         self.message = message
         self.retry_after_s = retry_after_s
         self.details = tuple(details)
+
+    @property
+    def reason(self) -> str:
+        """The stable word of its ErrorInfo; empty without one."""
+        return next((detail.reason for detail in self.details if isinstance(detail, error_details_pb2.ErrorInfo)), "")
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The trailers that carry the details and, for a refusal to be retried, when to do so."""
@@ -162,6 +168,19 @@ def from_admission(error: AdmissionError) -> StatusError:
             return unavailable(error.reason, str(error))
         case _:
             return internal()
+
+
+def from_refusal(refusal: AccessRefused) -> StatusError:
+    """How it looks to a caller that is not let in."""
+    info = _error_info(refusal.reason.upper(), {})
+    if refusal.reason in ("missing_key", "unknown_key", "expired_key"):
+        return StatusError(grpc.StatusCode.UNAUTHENTICATED, str(refusal), [info])
+    if refusal.reason in ("role", "tenant"):
+        return StatusError(grpc.StatusCode.PERMISSION_DENIED, str(refusal), [info])
+    violation = error_details_pb2.QuotaFailure.Violation(subject=refusal.reason, description=str(refusal))
+    quota = error_details_pb2.QuotaFailure(violations=[violation])
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    return StatusError(code, str(refusal), [info, quota], retry_after_s=refusal.retry_after_s)
 
 
 def in_generation(field: str) -> str:

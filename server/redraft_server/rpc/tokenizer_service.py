@@ -25,7 +25,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         check_model(request.model, self._engine.info)
         token_ids = await self._encode(request.input)
-        texts = [self._text.token_text(token_id) for token_id in token_ids] if request.token_texts else ()
+        texts = await self._text.token_texts(token_ids) if request.token_texts else ()
         return pb.TokenizeResponse(token_ids=token_ids, token_texts=texts)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _Context) -> pb.DetokenizeResponse:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import json
 import logging
@@ -10,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from redraft.telemetry.logging import Format, configure_logging
+from redraft.telemetry.logging import Format, configure_logging, log_ids
+from tests.log_lines import untouched_loggers
 
 SECRET = "my password is hunter2"
 
@@ -19,11 +22,8 @@ logger = logging.getLogger("redraft.test")
 
 @pytest.fixture(autouse=True)
 def _restore_root() -> Iterator[None]:
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
+    with untouched_loggers():
+        yield
 
 
 def configured(format: Format, level: str = "info") -> io.StringIO:
@@ -101,3 +101,41 @@ def test_configuring_again_replaces_the_handler_and_the_level() -> None:
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="LOUD"):
         configured("text", "loud")
+
+
+def test_libraries_write_from_warning_on_whatever_the_level() -> None:
+    stream = configured("json", "debug")
+    logging.getLogger("botocore.endpoint").debug("Making request with params: %s", SECRET)
+    logging.getLogger("httpx").info("HTTP Request: GET /%s", SECRET)
+    logger.debug("ours")
+    assert only_json(stream)["message"] == "ours"
+
+
+async def test_asyncio_does_not_quote_the_objects_concerned() -> None:
+    stream = configured("json")
+    asyncio.get_running_loop().call_exception_handler({"message": "Task failed", "exception": ValueError(SECRET)})
+    fields = only_json(stream)
+    assert (fields["message"], fields["exception"]) == ("Task failed", ["ValueError"])
+    failed = asyncio.get_running_loop().create_future()
+    failed.set_exception(ValueError(SECRET))
+    del failed
+    gc.collect()
+    assert "never retrieved" in stream.getvalue()
+    assert SECRET not in stream.getvalue()
+
+
+async def test_ids_are_on_every_line_of_the_task_and_on_no_other() -> None:
+    stream = configured("json")
+
+    async def answer(request_id: str) -> None:
+        log_ids(request_id=request_id, trace_id="t" + request_id)
+        await asyncio.sleep(0)
+        logger.info("first")
+        await asyncio.to_thread(logger.info, "in a thread", extra={"bytes": 1})
+
+    await asyncio.gather(answer("1"), answer("2"))
+    logger.info("outside")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert sorted((line["request_id"], line["trace_id"]) for line in lines[:4]) == [("1", "t1")] * 2 + [("2", "t2")] * 2
+    assert {line["message"] for line in lines[:4]} == {"first", "in a thread"}
+    assert "request_id" not in lines[4]
