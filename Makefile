@@ -34,10 +34,10 @@ demo: model  ## a draft's life: serve, distil, gate, hot-swap, drift, recover (a
 test: model tools  ## the whole suite (about 20 minutes on 2 cores)
 	@$(BIN)/python -m pytest
 
-tools: $(STAMP)  ## helm, promtool, hadolint and the like, pinned and checked, into build/tools
+tools: $(STAMP)  ## helm, promtool, hadolint, an S3 server and the like, pinned and checked, into build/tools
 	@scripts/tools.sh
 
-test-ops: tools  ## only the tests of chart, image and alerts, with the real tools
+test-ops: tools  ## only the tests of chart, image, alerts and S3, with the real tools
 	@$(BIN)/python -m pytest tests/ops
 
 test-slow: model tools  ## what `make test` leaves out: the image built and run, hostile requests by the ten thousand

@@ -11,6 +11,7 @@ At the end every record is looked for in the log, by request id.
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import time
 import urllib.request
@@ -185,10 +186,9 @@ async def _metrics(server: ServerProcess) -> dict[str, float]:
 
 
 def _request_ids(s3: S3Process) -> list[str]:
-    """What is in the log, read straight from the store."""
-    with tempfile.TemporaryDirectory() as copy:
-        s3.admin().get(f"{BUCKET}/traffic/v1", f"{copy}/v1", recursive=True)
-        return [record.request_id for record in TrafficReader(copy).iter_records()]
+    """What is in the log, read past the proxy."""
+    os.environ.update(environment(s3.port))
+    return [record.request_id for record in TrafficReader(f"s3://{BUCKET}/traffic").iter_records()]
 
 
 def _parts(run: Run, seconds: float, clients: int, new_tokens: int) -> list[str]:
@@ -208,14 +208,14 @@ def _parts(run: Run, seconds: float, clients: int, new_tokens: int) -> list[str]
         )
     errors = Counter(call.error for call in run.calls if call.error)
     missing, twice = run.missing(run.calls), len(run.logged) - len(set(run.logged))
+    tries, dropped = run.metrics["upload_failures_total"], run.metrics["dropped"]
     return [
         f"{clients} clients, each with one request of {new_tokens} new tokens at a time; no store for {seconds:.0f} s.",
         table(("store", "s", "requests", "failed", "p50 s", "p95 s", "records missing"), rows),
         f"Of {len(run.calls)} requests {errors.total()} failed{_named(errors)}; of their records {len(missing)} are "
-        f"missing from the log and {twice} are there twice. "
-        f"{run.metrics['upload_failures_total']:.0f} tries to send a shard failed, "
-        f"{run.metrics['dropped']:.0f} records were dropped, at most {run.peak_spool_bytes / 2**10:.0f} KiB waited in "
-        f"the spool, and what had waited was in the store {run.drained_s:.0f} s after it was back.",
+        f"missing from the log and {twice} are there twice. {tries:.0f} tries to send a shard failed, {dropped:.0f} "
+        f"records were dropped, at most {run.peak_spool_bytes / 2**10:.0f} KiB waited in the spool, and what had "
+        f"waited was in the store {run.drained_s:.0f} s after it was back.",
     ]
 
 

@@ -108,7 +108,8 @@ class Cluster:
         """The Deployment's container, on loopback."""
         pod = one(self.manifests, "Deployment")["spec"]["template"]
         flags = ["--grpc.host", "127.0.0.1", "--metrics.host", "127.0.0.1"]
-        return ServerProcess(flags, environment=self._environment(container(pod, self._secret)))
+        environment = self._environment(container(pod, self._secret))
+        return ServerProcess(flags, environment=environment, start_timeout_s=PATIENCE_S)
 
     def run_job(self) -> int:
         """What `kubectl create job --from=cronjob/...` would run: the CronJob's container. Returns its exit status."""

@@ -28,6 +28,9 @@ class StreamingClient:
     def generate(self, request: Request) -> Generated:
         return Generated(self._runner.run(self._stream_all(request)))
 
+    def close(self) -> None:
+        """Nothing outlives this process."""
+
     async def _connect(self, address: str) -> AsyncClient:
         return AsyncClient(address, timeout=None)
 

@@ -100,21 +100,31 @@ def generation(tokens: int = 3, **parts: Any) -> pb.Generation:
 
 
 async def test_of_answers(evidence: Evidence, tmp_path: Path) -> None:
-    """The word is in prompts, options, identity and in the text that the model makes of them."""
-    engine = FakeEngine(emit=lambda position: (ord(WORD[position % len(WORD)]), WORD[position % len(WORD)]))
+    """The word is in prompts, options, metadata and in the text that the model makes of them. (Whose key was sent is
+    logged: that name is the operator's.)"""
+
+    def emit(position: int) -> tuple[int, str]:
+        if position == 2 * len(WORD):
+            engine.gate.clear()  # a request without a limit never ends by itself
+        letter = WORD[position % len(WORD)]
+        return ord(letter), letter
+
+    engine = FakeEngine(emit=emit)
     keys = tmp_path / "keys.yaml"
-    keys.write_text(keys_text().replace("acme", WORD))
-    identity = (("authorization", f"Bearer {USER}"), *METADATA)
+    keys.write_text(keys_text())
+    key = ("authorization", f"Bearer {USER}")
+    identity = (key, *METADATA[1:])
     async with server(engine, evidence, auth=AuthConfig(keys_file=keys)) as edge:
         reply = await edge.generate(generation(len(WORD)), metadata=identity)
         assert reply.choices[0].text == WORD
         output = pb.OutputOptions(logprobs=2, prompt_logprobs=1, token_ids=True)
         chat = pb.Chat(messages=[pb.ChatMessage(role="user", content=WORD)])
         streamed = edge.stream(pb.Generation(chat=chat, output=output, domain=WORD), metadata=identity, timeout=0.5)
-        with pytest.raises(grpc.aio.AioRpcError) as late:  # without a limit it goes on for long
+        with pytest.raises(grpc.aio.AioRpcError) as late:
             async for _ in streamed:
                 pass
         evidence.keep(late.value)
+        engine.gate.set()
         tokenizer: Any = tokenizer_pb2_grpc.TokenizerServiceStub(edge.channel)
         source = tokenizer_pb2.TokenizerInput(text=WORD)
         await tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(input=source), metadata=identity)
@@ -122,6 +132,7 @@ async def test_of_answers(evidence: Evidence, tmp_path: Path) -> None:
             await edge.generate(generation(), metadata=(("authorization", f"Bearer {WORD}"), *METADATA))
         evidence.keep(refused.value)
         assert refused.value.code() is Code.UNAUTHENTICATED
+        await fails(evidence, edge.generate(generation(), metadata=(key, *METADATA)), Code.PERMISSION_DENIED)
     evidence.check()
 
 

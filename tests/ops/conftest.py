@@ -13,7 +13,7 @@ from tests.ops.charts import CHART, Helm, require
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "ops: chart, image and alerts, with the tools of `make tools`")
+    config.addinivalue_line("markers", "ops: chart, image, alerts and S3, with the tools of `make tools`")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
+import json
 import subprocess
 import threading
 import time
@@ -38,6 +40,7 @@ from tests.rollout_harness import GOOD, POOR, POOR_TOO, Checkpoints, Publisher
 
 PATIENCE_S = 300.0
 SCRAPE_S, WINDOW_S = 1.0, 10.0
+KEY = "redraft_key-of-the-crowd"
 CROWD = 24
 """Clients at a time: eight run, eight wait, and the rest are refused."""
 
@@ -94,6 +97,10 @@ def live_run(folder: Path) -> Iterator[LiveRun]:
     publisher = Publisher(checkpoints, DraftRegistry(str(folder / "registry")))
     authority = Authority()
     tls = TlsFiles(folder, authority)
+    keys = folder / "keys.json"
+    keys.write_text(
+        json.dumps({"tenants": {"crowd": {"keys": [{"sha256": hashlib.sha256(KEY.encode()).hexdigest()}]}}})
+    )
     values = {"metrics": {"prometheusRule": {"enabled": True, "thresholds": ALWAYS_PASSED}}}
     with contextlib.ExitStack() as stack:
         s3 = stack.enter_context(S3Process(programs["moto_server"].with_name("python")))
@@ -103,7 +110,7 @@ def live_run(folder: Path) -> Iterator[LiveRun]:
             [
                 *("--model.target", str(checkpoints.target), "--registry.url", publisher.registry.url),
                 *("--traffic_log.url", "s3://live/traffic", "--traffic_log.spool_dir", str(folder / "spool")),
-                *("--grpc.tls_cert", str(tls.cert), "--grpc.tls_key", str(tls.key)),
+                *("--grpc.tls_cert", str(tls.cert), "--grpc.tls_key", str(tls.key), "--auth.keys_file", str(keys)),
                 *SERVER,
             ],
             environment=s3_environment(store.port),
@@ -173,18 +180,21 @@ class _Story:
 
     @asynccontextmanager
     async def traffic(self) -> AsyncIterator[None]:
-        """A crowd that asks for more than the server has room for."""
+        """A crowd that asks for more than the server has room for, and a stranger."""
         numbers = itertools.count()
 
-        async def keep_asking(client: AsyncClient) -> None:
+        async def keep_asking(client: AsyncClient, pause_s: float = 0.0) -> None:
             while True:
-                with contextlib.suppress(RedraftClientError):  # refused: the queue is full
+                with contextlib.suppress(RedraftClientError):  # the queue is full, or no key
                     text = f"the same beginning, and number {next(numbers) % 50}"
                     await client.generate(text, max_new_tokens=48, ignore_eos=True, temperature=0.8)
+                await asyncio.sleep(pause_s)
 
         tls = Tls(root_certificates=self.authority.pem, server_name="localhost")
-        async with AsyncClient(self.server.address, tls=tls) as client:
+        address = self.server.address
+        async with AsyncClient(address, tls=tls, api_key=KEY) as client, AsyncClient(address, tls=tls) as stranger:
             crowd = [asyncio.create_task(keep_asking(client)) for _ in range(CROWD)]
+            crowd.append(asyncio.create_task(keep_asking(stranger, pause_s=1.0)))
             try:
                 yield
             finally:

@@ -87,11 +87,13 @@ def test_timeline_is_written_and_read_again(tmp_path: Path) -> None:
         "share": [series("draft_version", "v1", *steady), series("draft_version", "v2", *steady)],
         "state": [series("state", "idle", (1000.0, 1.0)), series("state", "shadow", (1009.0, 1.0), (1012.0, 1.0))],
         "active": [series("draft_version", "v1", *steady)],
-        "alert": [series("alertstate", "pending", (1003.0, 1.0)), series("alertstate", "firing", (1006.0, 1.0))],
+        "alert": [Series({"draft_version": "v1", "alertstate": "firing"}, [(1006.0, 1.0), (1009.0, 1.0)])],
+        "alerts": [Series({"alertname": "RedraftQueueLong", "alertstate": "pending"}, [(1003.0, 1.0)])],
         "tokens": [series("", "", *steady)],
         "failed": [series("", "", *steady)],
     }
-    timeline = Timeline(1000.0, found, [Moment(1065.0, "Job: started", "script")])
+    moments = [Moment(1065.0, "Job: started", "script"), Moment(1070.0, "Job: ended with status 0", "script")]
+    timeline = Timeline(1000.0, found, moments)
     save(timeline, tmp_path)
     assert "| 1:05 | Job: started | script |" in (tmp_path / "timeline.md").read_text()
     assert (tmp_path / "timeline.png").stat().st_size > 10_000

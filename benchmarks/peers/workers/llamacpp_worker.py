@@ -22,7 +22,7 @@ _ANSWER_TIMEOUT_S = 600.0
 
 
 class LlamaServer:
-    """A server process of this one's session, which its caller ends as a whole."""
+    """A server process."""
 
     def __init__(self, settings: Settings) -> None:
         self._port = _free_port()
@@ -52,6 +52,10 @@ class LlamaServer:
             return Generated(tokens)
         drafted = sum(one.get("draft_n", 0) for one in timings)
         return Generated(tokens, drafted, sum(one.get("draft_n_accepted", 0) for one in timings))
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
 
     def _complete(self, request: Request, index: int, prompt: list[int]) -> Any:
         body = {
@@ -98,13 +102,14 @@ def _flags(settings: Settings, port: int) -> list[str]:
     threads = str(settings.threads)
     flags = ["--host", "127.0.0.1", "--port", str(port), "--model", settings.target, "--no-webui"]
     flags += ["--threads", threads, "--threads-batch", threads, "--parallel", str(settings.streams)]
-    flags += ["--ctx-size", str(settings.streams * settings.context)]
+    # no copies of finished prompts: none comes back within reach of the cache
+    flags += ["--ctx-size", str(settings.streams * settings.context), "--cache-ram", "0"]
     length = str(settings.num_draft_tokens)
     if settings.mode == "draft":
         assert settings.draft is not None
         flags += ["--spec-type", "draft-simple", "--model-draft", settings.draft, "--spec-draft-n-max", length]
     elif settings.mode == "ngram":
-        flags += ["--spec-type", "ngram-simple", "--spec-draft-n-max", length]
+        flags += ["--spec-type", "ngram-simple"]
         flags += ["--spec-ngram-simple-size-n", str(settings.ngram_min), "--spec-ngram-simple-size-m", length]
     return flags
 

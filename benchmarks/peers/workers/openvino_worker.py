@@ -44,6 +44,9 @@ class OpenVinoEngine:
     def version(self) -> str:
         return f"OpenVINO GenAI {version('openvino-genai')}"
 
+    def close(self) -> None:
+        """Nothing outlives this process."""
+
     def generate(self, request: Request) -> Generated:
         width = max(map(len, request.prompts))
         pad = min(self._ends)

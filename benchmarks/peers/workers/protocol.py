@@ -77,6 +77,9 @@ class PeerEngine(Protocol):
     def generate(self, request: Request) -> Generated:
         """Run all prompts together, nothing kept from earlier requests."""
 
+    def close(self) -> None:
+        """End what it has started: whoever asks may be gone without a word."""
+
 
 def run(load: Callable[[S], PeerEngine], settings: Callable[..., S]) -> None:
     """The program of a worker: load from its settings, then answer requests until standard input ends."""
@@ -88,6 +91,7 @@ def run(load: Callable[[S], PeerEngine], settings: Callable[..., S]) -> None:
             answers.write(json.dumps(content) + "\n")
             answers.flush()
 
+        engine: PeerEngine | None = None
         try:
             engine = load(settings(**json.loads(sys.argv[1])))
             answer({"ready": engine.version})
@@ -99,6 +103,9 @@ def run(load: Callable[[S], PeerEngine], settings: Callable[..., S]) -> None:
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"})
             raise
+        finally:
+            if engine is not None:
+                engine.close()
 
 
 def cut_at_end(tokens: Sequence[int], end_ids: frozenset[int]) -> list[int]:

@@ -37,7 +37,7 @@ class RedraftServer:
         flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         extra = settings.options.get("flags", ())
         self._server = ServerProcess([*flags, *extra], start_timeout_s=_START_TIMEOUT_S)
-        self._server.__enter__()  # ends with the session that both belong to
+        self._server.__enter__()
         self._runner = asyncio.Runner()
         self._client = self._runner.run(self._connect())
 
@@ -51,6 +51,9 @@ class RedraftServer:
         tokens = [list(result.choices[0].token_ids) for result in results]
         drafted = sum(one.draft_tokens for one in stats)
         return Generated(tokens, drafted, sum(one.accepted_tokens for one in stats)) if drafted else Generated(tokens)
+
+    def close(self) -> None:
+        self._server.terminate()
 
     async def _connect(self) -> AsyncClient:
         return AsyncClient(self._server.address, timeout=None)

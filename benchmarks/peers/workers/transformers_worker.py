@@ -44,6 +44,9 @@ class TransformersEngine:
     def version(self) -> str:
         return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
+    def close(self) -> None:
+        """Nothing outlives this process."""
+
     @torch.inference_mode()
     def generate(self, request: Request) -> Generated:
         pad = min(self._ends)

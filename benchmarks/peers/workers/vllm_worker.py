@@ -39,6 +39,9 @@ class VllmEngine:
     def version(self) -> str:
         return f"vLLM {vllm.__version__}"
 
+    def close(self) -> None:
+        """Nothing outlives this process."""
+
     def generate(self, request: Request) -> Generated:
         before = self._counters()
         params = [

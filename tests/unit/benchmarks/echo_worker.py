@@ -32,6 +32,9 @@ class EchoEngine:
             raise SystemExit(9)
         return Generated([prompt[: request.max_new_tokens] for prompt in request.prompts], 4, 3)
 
+    def close(self) -> None:
+        print("closed")  # noqa: T201
+
 
 if __name__ == "__main__":
     run(EchoEngine, Behaviour)

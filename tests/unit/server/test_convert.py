@@ -64,7 +64,7 @@ def violations(generation: pb.Generation) -> list[str]:
 def test_defaults() -> None:
     request = parse(pb.Generation(text="abc"))
     assert request.prompt_token_ids == (97, 98, 99)
-    assert len(request.request_id) == 32
+    assert request.request_id == "own"
     assert request.sampling.temperature == 1.0
     assert request.sampling.coupling is None
     assert request.stopping.max_new_tokens == 1000  # the ceiling, as the context has more room

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -12,6 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from redraft.telemetry import metrics
 from redraft.telemetry.metrics import SKIP_REASONS, ServerMetrics
 from redraft.telemetry.observations import RequestObservation, SequenceStep, StepObservation
+from tests.ops.charts import require
 
 A, B = "d-20261124-1", "d-20261125-1"
 
@@ -212,9 +212,6 @@ def test_the_documented_queries_name_metrics_that_exist(page: Page) -> None:
 
 
 def test_promtool_accepts_the_page(page: Page) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("PROMTOOL IS MISSING, the metrics page was not linted (Debian: apt-get install prometheus)")
     page.metrics.observe_step(step(SequenceStep(A, 3, 2, 2.5, 3), draft_seconds={A: 0.1}, skipped={"disabled": 1}))
     page.metrics.observe_request_finished(
         RequestObservation("Generate", "OK", "eos", 1.0, 0.1, 0.1, 0.2, 0.7, 10, 5, 20)
@@ -227,6 +224,9 @@ def test_promtool_accepts_the_page(page: Page) -> None:
     page.metrics.observe_traffic_flush(1, 0.1, 1.0)
 
     lint = subprocess.run(
-        [promtool, "check", "metrics"], input=generate_latest(page.registry), capture_output=True, check=False
+        [str(require("promtool")), "check", "metrics"],
+        input=generate_latest(page.registry),
+        capture_output=True,
+        check=False,
     )
     assert (lint.returncode, lint.stdout + lint.stderr) == (0, b"")

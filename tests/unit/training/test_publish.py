@@ -170,7 +170,7 @@ def test_what_a_manifest_cannot_hold_is_named(draft: Path) -> None:
 
 
 def test_no_registry_nothing_changes(registry: DraftRegistry, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("redraft.registry.storage.RETRY_WAIT_S", 0.0)
+    monkeypatch.setattr("redraft.object_store.FIRST_WAIT_S", 0.0)
 
     def away(_: str) -> None:
         raise ConnectionError
