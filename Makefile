@@ -40,7 +40,7 @@ tools: $(STAMP)  ## helm, promtool, hadolint, an S3 server and the like, pinned 
 test-ops: tools  ## only the tests of chart, image, alerts and S3, with the real tools
 	@$(BIN)/python -m pytest tests/ops
 
-test-slow: model tools  ## what `make test` leaves out: the image built and run, hostile requests by the ten thousand
+test-slow: model tools  ## what `make test` leaves out: the image built and run, hostile requests, all of the dashboard live
 	@scripts/tools.sh --image
 	@$(BIN)/python -m pytest -m slow
 

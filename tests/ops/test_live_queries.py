@@ -19,7 +19,7 @@ VARIABLES = {"$__rate_interval": f"{5 * SCRAPE_S:g}s", "$namespace": "ns", "$mod
 
 WITHOUT_LABELS = {"RedraftTargetAbsent"}  # nobody is there to take them from
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
