@@ -38,6 +38,8 @@ ALLOWED = {
 FAST, FULL = 1_000, 10_000
 WARM_UP = 300
 AT_ONCE, SILENT_CONNECTIONS = 8, 50
+FILES_ONCE = 4
+"""Files that grpc opens when it first needs them, and keeps: seen is one. A leak would be thousands."""
 GROWTH_MB = {FAST: 25.0, FULL: 60.0}
 """Most resident memory that may stay behind. A leak of 10 KB for each request would be 100 MB in the full attack; what
 allocators keep once (some 15 MB) hides such a leak from the fast one, which finds 25 KB."""
@@ -116,7 +118,7 @@ async def test_hostile_requests_leave_the_server_serving_and_its_memory_bounded(
     assert {"OK", "INVALID_ARGUMENT", "UNIMPLEMENTED", "CANCELLED", "RESOURCE_EXHAUSTED"} <= set(attack.codes)
     assert growth < GROWTH_MB[count], f"{growth:.1f} MB more after {count} requests"
     async with asyncio.timeout(60):
-        while open_files(server) > files:
+        while open_files(server) > files + FILES_ONCE:
             await asyncio.sleep(0.05)  # polling another process, which has no other way to tell
     assert "Traceback" not in server.output()
     assert " ERROR " not in server.output()
