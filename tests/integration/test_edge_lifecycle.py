@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import urllib.error
@@ -29,6 +28,7 @@ from redraft_server.rpc import lifecycle
 from redraft_server.rpc.lifecycle import GENERATION_SERVICE
 from tests.edge import Edge, details_of, edge_config, limited, running_edge
 from tests.fake_engine import FakeEngine
+from tests.log_lines import untouched_loggers
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -256,12 +256,7 @@ def test_a_server_that_cannot_start_ends_with_one_line(
 
     monkeypatch.setattr(app, "build", refuse)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", list(root.handlers))
-    level = root.level
-    try:
+    with untouched_loggers():
         assert __main__.main(["--model.target", "nope"]) == status
-    finally:
-        root.setLevel(level)
     written = capsys.readouterr().err
     assert written == f"redraft-server: {' '.join(str(error).split())}\n"
