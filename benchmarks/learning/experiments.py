@@ -19,7 +19,8 @@ CYCLE = 100  # requests of a cycle
 CYCLES = (1, 2, 4)
 LONG_DOMAINS, LONG_CYCLES = ("sql",), (1, 2, 4, 10)
 NUM_EVALUATION = 60
-DRIFT_REQUESTS, REPLAYED = 200, 100
+DRIFT_REQUESTS = 200  # of A, then of B without replay
+DRIFT_STEPS = ((0, 100), (100, 200), (200, 400))  # requests of B, learnt with replay of as many of A
 CYCLE_SETTINGS = (
     "distill.epochs=2",
     "distill.batch_tokens=1024",
@@ -53,6 +54,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "rkd": ("what=relations", "how=forward_kl", "temperature=1.0"),
     "minillm": ("how=policy_gradient", "temperature=1.0", "on_policy_fraction=1.0", "on_policy_source=rollout"),
 }
+LONGER = {"word_kd, 3 epochs": "word_kd"}  # about the tokens that text and captured drafts have in two epochs
 
 
 def domains(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> None:
@@ -62,6 +64,9 @@ def domains(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> No
     """
     for domain in DOMAINS:
         cycles = LONG_CYCLES if domain in LONG_DOMAINS else CYCLES
+        names = ["pruned", "general", *(f"cycle {cycle}" for cycle in cycles)]
+        if all(bench.known(f"domains/{domain}/{name}") is not None for name in names):
+            continue  # the traffic need not be served again
         evaluation = load_traffic(data, domain, "e", NUM_EVALUATION)
         traffic = load_traffic(data, domain, "t", CYCLE * cycles[-1], skip=SKIP)
         for name, draft in (("pruned", pruned), ("general", general)):
@@ -81,24 +86,17 @@ def drift(bench: Bench, data: Path, general: ModelRef) -> None:
     for first, second in FAR_PAIRS:
         pair = f"drift/{first} to {second}"
         evaluations = {name: load_traffic(data, name, "e", NUM_EVALUATION) for name in (first, second)}
-        traffic = {
-            name: load_traffic(
-                data, name, "t", CYCLE * (LONG_CYCLES if name in LONG_DOMAINS else CYCLES)[-1], skip=SKIP
-            )
-            for name in (first, second)
-        }
-        old, new = traffic[first][:DRIFT_REQUESTS], traffic[second][:DRIFT_REQUESTS]
+        traffic = {name: load_traffic(data, name, "t", CYCLE * CYCLES[-1], skip=SKIP) for name in (first, second)}
+        old, new = traffic[first][:DRIFT_REQUESTS], traffic[second]
         again = traffic[first][DRIFT_REQUESTS : DRIFT_REQUESTS + CYCLE]
-        before = directory_ref(FOLDER / "runs" / f"domains-{first}-cycle_{DRIFT_REQUESTS // CYCLE}" / "draft")
-        if bench.known(f"{pair}/1 A") is None:
-            bench.keep(f"{pair}/1 A", {domain: asdict(bench.judge(before, own)) for domain, own in evaluations.items()})
-        _learn(bench, f"{pair}/2 B without replay", new, before, evaluations, new)
-        for start in range(0, DRIFT_REQUESTS, CYCLE):
-            fresh = new[start : start + CYCLE]
-            replayed = [*old[start : start + REPLAYED], *new[:start]]
-            key = f"{pair}/3 B with replay, {start + CYCLE} requests"
-            before = _learn(bench, key, [*fresh, *replayed], before, evaluations, fresh)
-        _learn(bench, f"{pair}/4 A again", [*again, *new[:REPLAYED]], before, evaluations, again)
+        learnt = _learn(bench, f"{pair}/1 A, {DRIFT_REQUESTS} requests", old, general, evaluations, old)
+        unmixed = new[:DRIFT_REQUESTS]
+        _learn(bench, f"{pair}/2 B without replay, {DRIFT_REQUESTS} requests", unmixed, learnt, evaluations, unmixed)
+        for start, end in DRIFT_STEPS:
+            fresh = new[start:end]
+            examples = [*fresh, *old[: len(fresh)], *new[:start][-len(fresh) :]]
+            learnt = _learn(bench, f"{pair}/3 B with replay, {end} requests", examples, learnt, evaluations, fresh)
+        _learn(bench, f"{pair}/4 A again, {CYCLE} requests", [*again, *new[:CYCLE]], learnt, evaluations, again)
 
 
 def _learn(
@@ -137,8 +135,10 @@ def ablation(bench: Bench, data: Path, pruned: ModelRef) -> None:
     """Every objective on the same draft, data and number of epochs, three seeds."""
     evaluation, traffic = _small(data)
     for seed in SEEDS:
-        for name, settings in OBJECTIVES.items():
-            overrides = (*SHORT_SETTINGS, f"distill.seed={seed}", *(f"distill.objective.{entry}" for entry in settings))
+        for name, like in {**{name: name for name in OBJECTIVES}, **LONGER}.items():
+            overrides = [*SHORT_SETTINGS, f"distill.seed={seed}"]
+            overrides += [f"distill.objective.{entry}" for entry in OBJECTIVES[like]]
+            overrides += ["distill.epochs=3"] if name in LONGER else []
             _trained_cell(bench, f"ablation/{name}/{seed}", traffic, evaluation, overrides, pruned)
 
 
