@@ -93,7 +93,9 @@ def pip_settings(folder: Path) -> tuple[list[str], list[str]]:
     }
     ca = settings.pop("cert", None) or next((path for path in CA_BUNDLES if Path(path).is_file()), None)
     places = [Path(word.removeprefix("file://")) for value in settings.values() for word in value.split()]
-    volumes = [f"--volume={place}:{place}:ro" for place in places if place.is_absolute() and place.exists()]
+    # the pages of an index, by convention in a folder `simple`, link to files beside it
+    folders = {place.parent if place.name == "simple" else place for place in places if place.is_absolute()}
+    volumes = [f"--volume={folder}:{folder}:ro" for folder in sorted(folders) if folder.exists()]
     if ca is not None:
         settings["cert"] = "/run/secrets/ca"
     conf = folder / "pip.conf"

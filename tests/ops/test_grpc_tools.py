@@ -27,6 +27,14 @@ async def output_of(*command: str) -> str:
     return out.decode()
 
 
+def buf_program() -> str:
+    """`buf`, which the development dependencies bring; without it the test is skipped."""
+    buf = shutil.which("buf", path=str(Path(sys.executable).parent)) or shutil.which("buf", path=ROOT / ".venv" / "bin")
+    if buf is None:
+        pytest.skip("NOT TESTED, no buf: `make install` brings it")
+    return buf
+
+
 async def test_grpcurl() -> None:
     grpcurl = str(require("grpcurl"))
     async with served_engine(EngineSpec()) as served:
@@ -45,9 +53,7 @@ async def test_grpcurl() -> None:
 
 
 async def test_buf_curl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    buf = shutil.which("buf", path=str(Path(sys.executable).parent)) or shutil.which("buf", path=ROOT / ".venv" / "bin")
-    if buf is None:
-        pytest.skip("NOT TESTED, no buf: `make install` brings it")
+    buf = buf_program()
     monkeypatch.setenv("HOME", str(tmp_path))
     async with served_engine(EngineSpec()) as served:
         call = [buf, "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
