@@ -177,7 +177,7 @@ class RegistryConfig(_Group):
     url: str | None = Field(default=None, min_length=1)
     """Directory or fsspec URL (s3://bucket/prefix) of the draft registry. Unset: model.draft serves for good."""
     poll_s: float = Field(default=10.0, gt=0.0, allow_inf_nan=False)
-    """Time between two looks at it. More while it cannot be read; the drafts in memory serve on."""
+    """Time between two looks at it; up to two minutes while it cannot be read. The drafts in memory serve on."""
 
 
 class RolloutConfig(_Group):

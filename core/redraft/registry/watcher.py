@@ -18,8 +18,9 @@ from redraft.registry.pointer import Current
 
 logger = logging.getLogger(__name__)
 
-MAX_BACK_OFF = 16
-"""After failures, the wait between two looks grows to at most this many times `poll_s`."""
+MAX_BACK_OFF_S = 120.0
+"""After failures, the wait between two looks grows to at most this, or `poll_s` if that is more: seldom enough to spare
+a store in trouble, often enough that an alert on failures in a quarter of an hour can see them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,14 @@ class Poll:
     """Seconds to wait before the next look: longer while the registry cannot be read."""
 
 
+MANY_FAILURES = 10
+
+
+def back_off_s(poll_s: float, num_failures: int) -> float:
+    """Seconds to the next look after so many failures in a row."""
+    return min(poll_s * 2 ** min(num_failures, MANY_FAILURES), max(poll_s, MAX_BACK_OFF_S))
+
+
 class RegistryPoller:
     """Remembers what was seen. One thread at a time."""
 
@@ -93,8 +102,7 @@ class RegistryPoller:
         except RegistryError as error:
             errors.append(error)
             self._num_failures += 1
-        back_off = min(2**self._num_failures, MAX_BACK_OFF)
-        return Poll(tuple(changes), tuple(errors), self._poll_s * back_off)
+        return Poll(tuple(changes), tuple(errors), back_off_s(self._poll_s, self._num_failures))
 
     def _look_at_current(self, changes: list[Change]) -> None:
         found = self._registry.current()
@@ -191,7 +199,7 @@ class RegistryWatcher:
         except Exception as error:  # a fault of ours must not end the watch
             logger.exception("polling the draft registry failed")
             self._report(error)
-            return self._poll_s * MAX_BACK_OFF
+            return back_off_s(self._poll_s, MANY_FAILURES)
         for change in poll.changes:
             try:
                 self._on_change(change)

@@ -11,7 +11,7 @@ from redraft.registry import storage
 from redraft.registry.errors import DraftNotFound, RegistryUnavailable
 from redraft.registry.names import move_name
 from redraft.registry.store import DraftRegistry
-from redraft.registry.watcher import MAX_BACK_OFF, CurrentMoved, RegistryPoller
+from redraft.registry.watcher import MAX_BACK_OFF_S, CurrentMoved, RegistryPoller
 from tests.integration.test_registry_processes import RACE, run
 from tests.ops.s3.conftest import Bucket
 from tests.rollout_harness import GOOD, POOR, Checkpoints, Publisher, Served, rollout_config, rollout_server
@@ -79,7 +79,7 @@ def test_polls_become_rare_in_an_outage_and_frequent_after_it(bucket: Bucket, tm
     assert first.next_poll_s == 10.0
     bucket.proxy.down()
     polls = [poller.poll() for _ in range(5)]
-    assert [poll.next_poll_s for poll in polls] == [20.0, 40.0, 80.0, 160.0, 10.0 * MAX_BACK_OFF]
+    assert [poll.next_poll_s for poll in polls] == [20.0, 40.0, 80.0, MAX_BACK_OFF_S, MAX_BACK_OFF_S]
     assert all(isinstance(error, RegistryUnavailable) for poll in polls for error in poll.errors)
     assert all(poll.errors for poll in polls)
     bucket.proxy.up()
