@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -181,7 +182,10 @@ def _load_weights(
     except SafetensorError as error:
         raise ModelError(f"the weights of {source.name} are damaged: {error}") from error
     except OSError as error:
-        raise ModelNotFound(f"cannot read the weights of {source.name}: {_first_line(error)}") from error
+        # safetensors says "no such file" of one that it may not open
+        closed = [path.name for path in source.directory.glob("*.safetensors") if not os.access(path, os.R_OK)]
+        reason = f"user {os.geteuid()} may not read {closed[0]}" if closed else _first_line(error)
+        raise ModelNotFound(f"cannot read the weights of {source.name}: {reason}") from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise UnsupportedModel(f"cannot load {source.name}: {_first_line(error)}") from error
     # transformers would fill the gaps with random numbers and only warn
