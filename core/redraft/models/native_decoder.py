@@ -20,7 +20,7 @@ from redraft.kernels.decoder import Decoder, DecoderLayer, LinearLayer
 from redraft.kernels.library import MAX_HEAD_DIM, CpuKernels, library
 from redraft.models.heads import embedding, output_head
 from redraft.models.kv_cache import KVCache, kv_shape
-from redraft.models.packed import PackedLinear, fuse
+from redraft.models.packed import fuse
 
 if TYPE_CHECKING:
     from redraft.models.runner import Chunk

@@ -22,8 +22,8 @@ _EXPECTED_ROWS = 8  # oneDNN chooses its layout for about so many; others stay c
 
 
 class PackedLinear(nn.Module):
-    """A frozen fp32 `nn.Linear` on a CPU, for the native kernels: packed weights and, or None, scales and biases, filled
-    up to whole panels."""
+    """A frozen fp32 `nn.Linear` on a CPU, for the native kernels: its weights packed in panels, scales and biases (or
+    None) filled up to whole ones."""
 
     kind: ClassVar[LinearKind]
     _packed: Tensor
@@ -154,7 +154,7 @@ def _join(linears: Sequence[PackedLinear], name: str) -> int | None:
         return None
     ends = [part.data_ptr() + part.nbytes for part in present[:-1]]
     if ends != [part.data_ptr() for part in present[1:]]:
-        views = torch.cat(present).split([len(part) for part in present])
+        views = torch.split(torch.cat(present), [len(part) for part in present])
         for linear, view in zip(linears, views, strict=True):
             setattr(linear, name, view)
         present = list(views)
