@@ -9,24 +9,36 @@ int redraft_supported(void) {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
+/* The score of a key: its product with the query, scaled and, if wanted, capped. */
+INLINE float score_of(const attention_job *job, const float *q, const float *key, int dim) {
+  __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+  int d = 0;
+  for (; d + 16 <= dim; d += 16) {
+    even = _mm256_fmadd_ps(_mm256_loadu_ps(q + d), _mm256_loadu_ps(key + d), even);
+    odd = _mm256_fmadd_ps(_mm256_loadu_ps(q + d + 8), _mm256_loadu_ps(key + d + 8), odd);
+  }
+  if (d < dim) even = _mm256_fmadd_ps(_mm256_loadu_ps(q + d), _mm256_loadu_ps(key + d), even);
+  float score = sum8(_mm256_add_ps(even, odd)) * job->scale;
+  return job->softcap > 0.0f ? __builtin_tanhf(score / job->softcap) * job->softcap : score;
+}
+
+/* Positions from `position` on that lie behind one another in memory, at most `left`; the first one's slot. */
+INLINE long next_run(const attention_job *job, const int32_t *table, long position, long left, long *slot) {
+  long offset = position % job->block_size, run = job->block_size - offset;
+  *slot = table[position / job->block_size] * job->block_size + offset;
+  return run < left ? run : left;
+}
+
 /* One query row over `count` keys from position `first`: scores, softmax, weighted values. */
 INLINE void attend_row(const attention_job *job, const float *q, const float *keys, const float *values,
                        const int32_t *table, long first, long count, float *scores, float *out, int dim) {
   float highest = -__builtin_inff();
-  for (long j = 0; j < count; j++) {
-    long position = first + j;
-    const float *key = keys + (table[position / job->block_size] * job->block_size + position % job->block_size) * dim;
-    __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
-    int d = 0;
-    for (; d + 16 <= dim; d += 16) {
-      even = _mm256_fmadd_ps(_mm256_loadu_ps(q + d), _mm256_loadu_ps(key + d), even);
-      odd = _mm256_fmadd_ps(_mm256_loadu_ps(q + d + 8), _mm256_loadu_ps(key + d + 8), odd);
+  for (long j = 0, slot, end; j < count;) {
+    end = j + next_run(job, table, first + j, count - j, &slot);
+    for (const float *key = keys + slot * dim; j < end; j++, key += dim) {
+      scores[j] = score_of(job, q, key, dim);
+      if (scores[j] > highest) highest = scores[j];
     }
-    if (d < dim) even = _mm256_fmadd_ps(_mm256_loadu_ps(q + d), _mm256_loadu_ps(key + d), even);
-    float score = sum8(_mm256_add_ps(even, odd)) * job->scale;
-    if (job->softcap > 0.0f) score = __builtin_tanhf(score / job->softcap) * job->softcap;
-    scores[j] = score;
-    if (score > highest) highest = score;
   }
   long padded = (count + 7) / 8 * 8;
   for (long j = count; j < padded; j++) scores[j] = -__builtin_inff();
@@ -40,11 +52,12 @@ INLINE void attend_row(const attention_job *job, const float *q, const float *ke
   float inverse = 1.0f / sum8(total);
   __m256 mixed[32];
   for (int v = 0; v < dim / 8; v++) mixed[v] = _mm256_setzero_ps();
-  for (long j = 0; j < count; j++) {
-    long position = first + j;
-    const float *value = values + (table[position / job->block_size] * job->block_size + position % job->block_size) * dim;
-    __m256 weight = _mm256_set1_ps(scores[j]);
-    for (int v = 0; v < dim / 8; v++) mixed[v] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(value + 8 * v), mixed[v]);
+  for (long j = 0, slot, end; j < count;) {
+    end = j + next_run(job, table, first + j, count - j, &slot);
+    for (const float *value = values + slot * dim; j < end; j++, value += dim) {
+      __m256 weight = _mm256_set1_ps(scores[j]);
+      for (int v = 0; v < dim / 8; v++) mixed[v] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(value + 8 * v), mixed[v]);
+    }
   }
   for (int v = 0; v < dim / 8; v++) _mm256_storeu_ps(out + 8 * v, _mm256_mul_ps(mixed[v], _mm256_set1_ps(inverse)));
 }
