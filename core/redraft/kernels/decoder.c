@@ -33,6 +33,8 @@ typedef struct {
   const float *embedding, *final_norm; /* [vocab_size, hidden], [hidden] */
   const float *rotary;                 /* [position][cos, sin][head_dim / 2] */
   float *keys, *values;                /* [layers, kv_heads, num_slots, head_dim] */
+  const int32_t *output_ids;           /* [num_outputs] id of each output of the head; NULL: output v is id v */
+  long num_outputs, logits_width;      /* logits without output_ids: head.n */
   long num_layers, vocab_size, hidden, heads, kv_heads, head_dim, num_slots, block_size;
   double epsilon, scale;
 } decoder;
@@ -51,6 +53,7 @@ typedef struct {
   long rows;
   const int32_t *ids, *blocks;
   int32_t *positions, *slots, *wanted, *items;
+  float *outputs, *logits; /* of the head, and where they go */
   float *hidden, *narrow, *wide; /* the residual stream, and by turns what goes into a linear layer and comes out */
   long linear_ns, attention_ns;
 } pass;
@@ -146,6 +149,15 @@ AVX2 static void activate(const pass *p, long row) {
   }
 }
 
+/* The head's outputs to their ids; no other id can be drawn. */
+AVX2 static void spread(const pass *p, long row) {
+  const decoder *model = p->model;
+  float *logits = p->logits + row * model->logits_width;
+  const float *outputs = p->outputs + row * model->head.n;
+  for (long i = 0; i < model->logits_width; i++) logits[i] = -__builtin_inff();
+  for (long i = 0; i < model->num_outputs; i++) logits[model->output_ids[i]] = outputs[i];
+}
+
 /* ---- a pass ---- */
 
 static long now_ns(void) {
@@ -200,7 +212,7 @@ static void keep_wanted(pass *p, long num_wanted) {
   p->rows = num_wanted;
 }
 
-static int run(pass *p, const chunk *chunks, long num_chunks, long num_wanted, float *logits) {
+static int run(pass *p, const chunk *chunks, long num_chunks, long num_wanted) {
   const decoder *model = p->model;
   long num_items = plan_attention(p, chunks, num_chunks, 0);
   p->norm = model->layers[0].attention_norm;
@@ -223,7 +235,9 @@ static int run(pass *p, const chunk *chunks, long num_chunks, long num_wanted, f
     p->norm = is_last ? model->final_norm : layer[1].attention_norm;
     each_row(p, add);
   }
-  return linear(p, &model->head, p->narrow, logits);
+  if (linear(p, &model->head, p->narrow, p->outputs)) return -1;
+  if (model->output_ids) each_row(p, spread);
+  return 0;
 }
 
 /* ---- setting one up ---- */
@@ -244,7 +258,7 @@ static char *workspace(size_t size) {
 }
 
 /* Share out the workspace for `p->rows` rows; 0, or -1 if memory ran out. */
-static int allocate(pass *p) {
+static int allocate(pass *p, long num_wanted) {
   const decoder *model = p->model;
   long narrow = max(model->hidden, model->heads * model->head_dim), wide = model->hidden;
   for (long i = 0; i < model->num_layers; i++) {
@@ -252,12 +266,16 @@ static int allocate(pass *p) {
     wide = max(wide, max(model->layers[i].qkv.n, model->layers[i].gate_up.n));
   }
   long rows = (p->rows + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* every part stays aligned */
-  float *floats = (float *)workspace(rows * (model->hidden + narrow + wide) * sizeof(float) + 7 * rows * sizeof(int32_t));
+  long outputs = model->output_ids ? num_wanted * model->head.n : 0;
+  float *floats = (float *)workspace(
+      (rows * (model->hidden + narrow + wide) + outputs) * sizeof(float) + 7 * rows * sizeof(int32_t));
   if (!floats) return -1;
   p->hidden = floats;
   p->narrow = p->hidden + rows * model->hidden;
   p->wide = p->narrow + rows * narrow;
-  p->positions = (int32_t *)(p->wide + rows * wide);
+  p->outputs = p->wide + rows * wide;
+  p->positions = (int32_t *)(p->outputs + outputs);
+  if (!model->output_ids) p->outputs = p->logits;
   p->slots = p->positions + rows;
   p->wanted = p->slots + rows;
   p->items = p->wanted + rows;
@@ -283,19 +301,19 @@ static int place_rows(pass *p, const chunk *chunks, long num_chunks) {
   return 0;
 }
 
-/* Store the chunks' keys and values, and write logits [sum of wanted, head.n]. `ids` has the chunks' tokens one after
- * another, `blocks` all their block tables, each long enough for its chunk, and rotary an entry for every position.
+/* Store the chunks' keys and values, and write logits [sum of wanted, logits_width]. `ids` has the chunks' tokens one
+ * after another, `blocks` all their block tables, each long enough for its chunk, and rotary an entry for every position.
  * `spent`: [2] nanoseconds in linear layers and in attention. Returns 0, -1 if memory ran out, or -2 if a token or block
  * id is out of range; then nothing was stored. */
 int redraft_decode(const decoder *model, const int32_t *ids, const chunk *chunks, long num_chunks, const int32_t *blocks,
                    float *logits, long *spent) {
-  pass p = {.model = model, .ids = ids, .blocks = blocks};
+  pass p = {.model = model, .ids = ids, .blocks = blocks, .logits = logits};
   long num_wanted = 0;
   for (long i = 0; i < num_chunks; i++) p.rows += chunks[i].length, num_wanted += chunks[i].wanted;
   pool_enter();
-  int status = allocate(&p);
+  int status = allocate(&p, num_wanted);
   if (!status) status = place_rows(&p, chunks, num_chunks);
-  if (!status) status = run(&p, chunks, num_chunks, num_wanted, logits);
+  if (!status) status = run(&p, chunks, num_chunks, num_wanted);
   pool_leave();
   spent[0] = p.linear_ns, spent[1] = p.attention_ns;
   return status;

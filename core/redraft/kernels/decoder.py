@@ -46,7 +46,8 @@ class Decoder(Structure):
     _fields_ = (
         ("layers", c_void_p),
         ("head", LinearLayer),
-        *((name, c_void_p) for name in ("embedding", "final_norm", "rotary", "keys", "values")),
+        *((name, c_void_p) for name in ("embedding", "final_norm", "rotary", "keys", "values", "output_ids")),
+        *((name, c_long) for name in ("num_outputs", "logits_width")),
         *((name, c_long) for name in ("num_layers", "vocab_size", "hidden", "heads", "kv_heads", "head_dim")),
         *((name, c_long) for name in ("num_slots", "block_size")),
         ("epsilon", c_double),

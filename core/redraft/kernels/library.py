@@ -154,7 +154,7 @@ class CpuKernels:
             chunks: int32, four per chunk: tokens, position of the first, logits wanted (of its last tokens), where its
                 block table starts in `blocks`.
             blocks: int32 block tables, each long enough for its chunk.
-            logits: written, [wanted, outputs of the head].
+            logits: written, [wanted, model.logits_width].
 
         Returns:
             Nanoseconds in linear layers and in attention.

@@ -31,10 +31,13 @@ _ROTARY_PAGE = 1024  # positions computed at once: always the same ones together
 _WIDTH = 16  # numbers; rows between the linear layers are whole multiples of it
 
 
-def native_decoder(model: PreTrainedModel, cache: KVCache, block_size: int) -> NativeDecoder | None:
+def native_decoder(
+    model: PreTrainedModel, cache: KVCache, block_size: int, vocab_size: int, output_ids: Tensor | None = None
+) -> NativeDecoder | None:
     """A decoder that does what `model` does, with `cache` as its KV; None unless all of the model is covered.
 
-    The model's linears must have been packed (`pack_linears`). They go on working, on the same memory.
+    The model's linears must have been packed (`pack_linears`). They go on working, on the same memory. `vocab_size` and
+    `output_ids` are those of the `ModelRunner`.
     """
     kernels = library()
     if kernels is None or type(model) not in _FAMILIES or not _is_covered(model, cache):
@@ -45,7 +48,7 @@ def native_decoder(model: PreTrainedModel, cache: KVCache, block_size: int) -> N
     whole = [layer for layer in layers if layer is not None]
     if head is None or not whole or len(whole) < len(layers):
         return None
-    return NativeDecoder(model, whole, head, cache, block_size, kernels)
+    return NativeDecoder(model, whole, head, cache, block_size, vocab_size, output_ids, kernels)
 
 
 def _is_covered(model: PreTrainedModel, cache: KVCache) -> bool:
@@ -88,21 +91,34 @@ def _layer(layer: Any) -> DecoderLayer | None:
 class NativeDecoder:
     """Runs chunks through a model that `native_decoder` has found to fit, with `cache` as its KV."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[DecoderLayer], head: LinearLayer, cache: KVCache,
-                 block_size: int, kernels: CpuKernels) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[DecoderLayer],
+        head: LinearLayer,
+        cache: KVCache,
+        block_size: int,
+        vocab_size: int,
+        output_ids: Tensor | None,
+        kernels: CpuKernels,
+    ) -> None:
         untyped: Any = model
         inner = untyped.model
         table = embedding(model).weight
         assert isinstance(table, Tensor)
+        num_outputs = int(untyped.get_output_embeddings().out_features)
+        if output_ids is None and num_outputs < vocab_size:
+            output_ids = torch.arange(num_outputs)
+        ids = None if output_ids is None else output_ids.to(torch.int32)
         self._kernels = kernels
         self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._logits_width = int(head.n) if ids is None else vocab_size
         self._rotary = inner.rotary_emb
         self._angles = torch.empty(0, cache.keys.shape[-1])
         self._layers = (DecoderLayer * len(layers))(*layers)
-        # the structure holds addresses only: whatever they point to must live as long
-        self._held = (model, cache, table)
-        self._logits_width = int(head.n)
-        self._out_features = int(untyped.get_output_embeddings().out_features)
+        # the structures hold addresses only: what they point to must live as long, whatever becomes of the model
+        self._held = (cache, ids, *model.parameters(), *model.buffers())
         self._model = Decoder(
             layers=addressof(self._layers),
             head=head,
@@ -110,6 +126,9 @@ class NativeDecoder:
             final_norm=inner.norm.weight.data_ptr(),
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
+            output_ids=None if ids is None else ids.data_ptr(),
+            num_outputs=num_outputs,
+            logits_width=self._logits_width,
             num_layers=len(layers),
             vocab_size=table.shape[0],
             hidden=table.shape[1],
@@ -123,8 +142,8 @@ class NativeDecoder:
         )
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Store the chunks' keys and values and return the wanted logits, [sum of num_logits, out_features] float32,
-        in the order of the chunks. Raises IndexError for ids that are not there."""
+        """Store the chunks' keys and values and return the wanted logits, [sum of num_logits, vocab_size] float32, in
+        the order of the chunks; -inf for ids without an output. Raises IndexError for ids that are not there."""
         token_ids, described, blocks = array("i"), array("i"), array("i")
         num_logits = longest = 0
         for chunk in chunks:
@@ -142,7 +161,7 @@ class NativeDecoder:
             self._extend_rotary(longest)
         logits = torch.empty(num_logits, self._logits_width)
         self._kernels.decode(self._model, token_ids, described, blocks, logits)
-        return logits[:, : self._out_features]
+        return logits[:, : self._vocab_size]
 
     def _extend_rotary(self, num_positions: int) -> None:
         """Make the table of angles cover so many positions: [positions, cos and sin, head_dim / 2]."""

@@ -71,14 +71,14 @@ class ModelRunner:
         config = model.config.get_text_config()
         kv_heads = local_kv_heads(model, kv_shape(config)[0])
         self.cache = KVCache(config, num_blocks * block_size, dtype=model.dtype, device=self.device, kv_heads=kv_heads)
-        self._native = native_decoder(model, self.cache, block_size)
+        self._native = native_decoder(model, self.cache, block_size, vocab_size, output_ids)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Store the chunks' keys and values and return the wanted logits, [sum of num_logits, vocab_size] float32,
         in the order of the chunks."""
         if self._native is not None:
-            return self._known_ids(self._native.forward(chunks))
+            return self._native.forward(chunks)
         return self._known_ids(self._transformers_forward(chunks))
 
     def _transformers_forward(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -160,10 +160,21 @@ def test_a_reduced_head_computes_its_ids_only() -> None:
     ids = torch.tensor([0, 2, 3, 5, 8, 13, 21, 34, 55, 69])
     whole = runner_of(built(COVERED["llama, tied"])).forward([Chunk(IDS, 0, TABLE, 5)])
     runner = runner_of(built(COVERED["llama, tied"]), ids)
-    assert native(runner).forward([Chunk(IDS, 0, TABLE, 5)]).shape == (5, 10)
-    cut = runner.forward([Chunk(IDS, 0, TABLE, 5)])
+    cut = native(runner).forward([Chunk(IDS, 0, TABLE, 5)])
+    assert cut.shape == (5, VOCAB)
     assert torch.equal(cut[:, ids], whole[:, ids])
     assert torch.isneginf(cut).sum() == 5 * (VOCAB - 10)
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB - 9, VOCAB, VOCAB + 20])
+def test_logits_are_as_wide_as_the_tokenizer(vocab_size: int) -> None:
+    runner = ModelRunner(built(COVERED["llama"]), num_blocks=16, block_size=4, vocab_size=vocab_size)
+    logits = native(runner).forward([Chunk(IDS[:7], 0, range(2), 7)])
+    expected = built(COVERED["llama"])(torch.tensor([IDS[:7]])).logits[0]
+    assert logits.shape == (7, vocab_size)
+    both = min(vocab_size, VOCAB)
+    torch.testing.assert_close(logits[:, :both], expected[:, :both], rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert torch.isneginf(logits[:, both:]).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
