@@ -161,7 +161,8 @@ class NativeDecoder:
             self._extend_rotary(longest)
         logits = torch.empty(num_logits, self._logits_width)
         self._kernels.decode(self._model, token_ids, described, blocks, logits)
-        return logits[:, : self._vocab_size]
+        # a view costs an operation of torch's, tens of microseconds when a pass has just emptied the caches
+        return logits if self._logits_width == self._vocab_size else logits[:, : self._vocab_size]
 
     def _extend_rotary(self, num_positions: int) -> None:
         """Make the table of angles cover so many positions: [positions, cos and sin, head_dim / 2]."""
