@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#include "pool.h"
+#include "linear.h"
 
 enum { PREFETCH_BYTES = 1024 };
 
@@ -103,16 +103,12 @@ static void int8_item(void *arg, long item) {
   for (; p < end; p++) one_panel(job, p);
 }
 
-/* n must be a multiple of 16; bias may be NULL. Returns 0, or -1 if memory ran out. */
-int redraft_linear_int8(const float *x, const int8_t *panels, const float *scale, const float *bias, float *y, long m,
-                        long k, long n) {
-  int threads = pool_enter();
-  const float *packed = pack_rows(x, m, k);
-  if (packed) {
-    long num_panels = n / PANEL, items = 4 * threads;
-    int8_job job = {packed, panels, scale, bias, y, m, k, n, (num_panels + items - 1) / items};
-    pool_run(int8_item, &job, (num_panels + job.panels_per_item - 1) / job.panels_per_item);
-  }
-  pool_leave();
-  return packed ? 0 : -1;
+int linear_run_int8(const linear_layer *layer, const float *x, float *y, long m) {
+  const float *packed = pack_rows(x, m, layer->k);
+  if (!packed) return -1;
+  long num_panels = layer->n / PANEL, items = 4 * pool_size();
+  int8_job job = {packed, layer->panels, layer->scale, layer->bias, y, m, layer->k, layer->n,
+                  (num_panels + items - 1) / items};
+  pool_run(int8_item, &job, (num_panels + job.panels_per_item - 1) / job.panels_per_item);
+  return 0;
 }

@@ -4,18 +4,22 @@ cannot run."""
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_long, c_void_p
+from array import array
+from ctypes import byref, c_float, c_int, c_long, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from redraft.kernels.decoder import Decoder
+
 LIBRARY_FILE = Path(__file__).with_name("_cpu.so")
 PANEL = 16
 _ALIGNMENT = 64  # bytes
 MAX_HEAD_DIM = 256
 _QUERIES_PER_ITEM = 8
+_OUT_OF_RANGE = -2
 
 
 class CpuKernels:
@@ -29,6 +33,7 @@ class CpuKernels:
         self._lib.redraft_linear.argtypes = linear
         self._lib.redraft_linear_int8.argtypes = linear_int8
         self._lib.redraft_attention.argtypes = attention
+        self._lib.redraft_decode.argtypes = (*(c_void_p,) * 3, c_long, *(c_void_p,) * 3)
         self._lib.redraft_start_pool.argtypes = (c_int,)
         self.is_supported = bool(self._lib.redraft_supported())
 
@@ -133,6 +138,41 @@ class CpuKernels:
         )
         _check(status)
         return output
+
+    def decode(
+        self,
+        model: Decoder,
+        token_ids: array[int],
+        chunks: array[int],
+        blocks: array[int],
+        logits: Tensor,
+    ) -> tuple[int, int]:
+        """Run chunks of sequences through a whole model.
+
+        Args:
+            token_ids: int32, the chunks' tokens one after another.
+            chunks: int32, four per chunk: tokens, position of the first, logits wanted (of its last tokens), where its
+                block table starts in `blocks`.
+            blocks: int32 block tables, each long enough for its chunk.
+            logits: written, [wanted, model.logits_width].
+
+        Returns:
+            Nanoseconds in linear layers and in attention.
+        """
+        spent = (c_long * 2)()
+        status = self._lib.redraft_decode(
+            byref(model),
+            token_ids.buffer_info()[0],
+            chunks.buffer_info()[0],
+            len(chunks) // 4,
+            blocks.buffer_info()[0],
+            logits.data_ptr(),
+            byref(spent),
+        )
+        if status == _OUT_OF_RANGE:
+            raise IndexError("a token id or block id is out of range")
+        _check(status)
+        return spent[0], spent[1]
 
 
 def attention_items(segments: list[tuple[int, int, int]]) -> Tensor:

@@ -80,6 +80,8 @@ int pool_enter(void) {
   return pool.num_threads;
 }
 
+int pool_size(void) { return pool.num_threads; }
+
 void pool_leave(void) { pthread_mutex_unlock(&pool.caller); }
 
 void pool_run(item_fn function, void *arg, long num_items) {

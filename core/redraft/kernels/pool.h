@@ -18,6 +18,7 @@ typedef void (*item_fn)(void *arg, long item);
 /* Wait for the pool; the caller has it to itself until `pool_leave`. Returns its number of threads. */
 INTERNAL int pool_enter(void);
 INTERNAL void pool_leave(void);
+INTERNAL int pool_size(void); /* the same number; the caller has entered the pool */
 /* Run function(arg, 0 .. num_items - 1); the caller has entered the pool. */
 INTERNAL void pool_run(item_fn function, void *arg, long num_items);
 

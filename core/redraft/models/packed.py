@@ -8,57 +8,68 @@ are beside it; elsewhere oneDNN does, through torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from redraft.kernels.decoder import LinearKind, LinearLayer
 from redraft.kernels.library import PANEL, CpuKernels, library
 from redraft.models.quantised import layer_linears, quantise
 
 _EXPECTED_ROWS = 8  # oneDNN chooses its layout for about so many; others stay correct
 
 
-class NativeLinear(nn.Module):
-    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, on the native kernels."""
+class PackedLinear(nn.Module):
+    """A frozen fp32 `nn.Linear` on a CPU, for the native kernels: its weights packed in panels, scales and biases (or
+    None) filled up to whole ones."""
 
-    def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
+    kind: ClassVar[LinearKind]
+    _packed: Tensor
+    _scale: Tensor | None
+    _bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear, kernels: CpuKernels, weight: Tensor, scale: Tensor | None = None) -> None:
         super().__init__()
         self._kernels = kernels
+        self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self._packed: Tensor
-        self._bias: Tensor | None
-        self.register_buffer("_packed", kernels.pack(linear.weight.detach()), persistent=False)
         bias: Tensor | None = linear.bias
-        if bias is not None:
-            bias = nn.functional.pad(bias.detach(), (0, -linear.out_features % PANEL)).contiguous()
-        self.register_buffer("_bias", bias, persistent=False)
+        self.register_buffer("_packed", kernels.pack(weight), persistent=False)
+        self.register_buffer("_scale", None if scale is None else _filled(scale), persistent=False)
+        self.register_buffer("_bias", None if bias is None else _filled(bias.detach()), persistent=False)
+
+
+class NativeLinear(PackedLinear):
+    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, on the native kernels."""
+
+    kind = LinearKind.FP32
+
+    def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
+        super().__init__(linear, kernels, linear.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in_features] float32 -> [.., out_features] float32."""
         return self._kernels.linear(x, self._packed, self._bias, self.out_features)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(PackedLinear):
     """Drop-in for a frozen fp32 `nn.Linear` on a CPU, its weight rounded to int8 with one scale per output."""
 
+    kind = LinearKind.INT8
+
     def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
-        super().__init__()
-        self._kernels = kernels
-        self.out_features = linear.out_features
-        values, scale = quantise(linear.weight)
-        filled = -linear.out_features % PANEL
-        self._packed: Tensor
-        self._scale: Tensor
-        self._bias: Tensor | None
-        self.register_buffer("_packed", kernels.pack(values), persistent=False)
-        self.register_buffer("_scale", nn.functional.pad(scale, (0, filled)).contiguous(), persistent=False)
-        bias: Tensor | None = linear.bias
-        if bias is not None:
-            bias = nn.functional.pad(bias.detach(), (0, filled)).contiguous()
-        self.register_buffer("_bias", bias, persistent=False)
+        super().__init__(linear, kernels, *quantise(linear.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in_features] float32 -> [.., out_features] float32."""
+        assert self._scale is not None
         return self._kernels.linear_int8(x, self._packed, self._scale, self._bias, self.out_features)
+
+
+def _filled(per_output: Tensor) -> Tensor:
+    return nn.functional.pad(per_output, (0, -len(per_output) % PANEL)).contiguous()
 
 
 class OneDnnLinear(nn.Module):
@@ -112,6 +123,42 @@ def pack_linears_int8(model: nn.Module, *, head: nn.Module | None) -> int:
                 setattr(parent, name, Int8Linear(child, kernels))
                 packed += 1
     return packed
+
+
+def fuse(linears: Sequence[nn.Module]) -> LinearLayer | None:
+    """Linears of the same input as one layer of the native kernels, their outputs one after another.
+
+    Their weights move to lie behind one another, unless they do already, and the modules keep views of them: nothing is
+    held twice, and the modules must live as long as the layer. None if they are not packed, or not alike.
+    """
+    packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
+    first = packed[0] if len(packed) == len(linears) else None
+    if first is None or not all(_is_like(linear, first) for linear in packed):
+        return None
+    if any(linear.out_features % PANEL for linear in packed[:-1]):  # a gap would be in the way
+        return None
+    addresses = [_join(packed, name) for name in ("_packed", "_scale", "_bias")]
+    num_panels = sum(len(linear._packed) for linear in packed)
+    return LinearLayer(first.kind, *addresses, first.in_features, num_panels * PANEL)
+
+
+def _is_like(a: PackedLinear, b: PackedLinear) -> bool:
+    return type(a) is type(b) and a.in_features == b.in_features and (a._bias is None) is (b._bias is None)
+
+
+def _join(linears: Sequence[PackedLinear], name: str) -> int | None:
+    """Where the buffers `name` of the linears, moved behind one another, begin; None if they have none."""
+    parts: list[Tensor | None] = [getattr(linear, name) for linear in linears]
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    ends = [part.data_ptr() + part.nbytes for part in present[:-1]]
+    if ends != [part.data_ptr() for part in present[1:]]:
+        views = torch.split(torch.cat(present), [len(part) for part in present])
+        for linear, view in zip(linears, views, strict=True):
+            setattr(linear, name, view)
+        present = list(views)
+    return present[0].data_ptr()
 
 
 def _is_fp32_on_cpu(linear: nn.Linear) -> bool:

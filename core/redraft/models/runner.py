@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from redraft.models.attention import ATTENTION_NAME, PagedContext, Segment
 from redraft.models.heads import reduce_head
 from redraft.models.kv_cache import KVCache, kv_shape
+from redraft.models.native_decoder import native_decoder
 from redraft.models.packed import pack_linears
 from redraft.models.parallel import local_kv_heads, num_shards
 
@@ -70,11 +71,18 @@ class ModelRunner:
         config = model.config.get_text_config()
         kv_heads = local_kv_heads(model, kv_shape(config)[0])
         self.cache = KVCache(config, num_blocks * block_size, dtype=model.dtype, device=self.device, kv_heads=kv_heads)
+        self._native = native_decoder(model, self.cache, block_size, vocab_size, output_ids)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Store the chunks' keys and values and return the wanted logits, [sum of num_logits, vocab_size] float32,
         in the order of the chunks."""
+        if self._native is not None:
+            return self._native.forward(chunks)
+        return self._known_ids(self._transformers_forward(chunks))
+
+    def _transformers_forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """As `forward`, with a column for every output of the head."""
         token_ids: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
@@ -92,7 +100,8 @@ class ModelRunner:
             logits_to_keep=self._tensor(wanted),
             paged=PagedContext(self.cache, self.block_size, segments),
         )
-        return self._known_ids(output.logits[0].float())
+        logits: Tensor = output.logits[0].float()
+        return logits
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
