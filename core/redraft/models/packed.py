@@ -11,54 +11,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from redraft.kernels.library import PANEL, CpuKernels, library
+from redraft.kernels.library import CpuKernels, LinearKind, PackedWeight, fill_outputs, library, pack
 from redraft.models.quantised import layer_linears, quantise
 
 _EXPECTED_ROWS = 8  # oneDNN chooses its layout for about so many; others stay correct
 
 
-class NativeLinear(nn.Module):
-    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, on the native kernels."""
+class KernelLinear(nn.Module):
+    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, on the native kernels. The subclasses choose how it is stored."""
 
-    def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
+    def __init__(self, weight: PackedWeight, kernels: CpuKernels) -> None:
         super().__init__()
         self._kernels = kernels
-        self.out_features = linear.out_features
-        self._packed: Tensor
-        self._bias: Tensor | None
-        self.register_buffer("_packed", kernels.pack(linear.weight.detach()), persistent=False)
-        bias: Tensor | None = linear.bias
-        if bias is not None:
-            bias = nn.functional.pad(bias.detach(), (0, -linear.out_features % PANEL)).contiguous()
-        self.register_buffer("_bias", bias, persistent=False)
+        self.weight_packed = weight
+        self.out_features = weight.out_features
+        # as buffers too, so that whoever adds up a module's memory finds them
+        self.register_buffer("_panels", weight.panels, persistent=False)
+        self.register_buffer("_scale", weight.scale, persistent=False)
+        self.register_buffer("_bias", weight.bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in_features] float32 -> [.., out_features] float32."""
-        return self._kernels.linear(x, self._packed, self._bias, self.out_features)
+        return self._kernels.linear(x, self.weight_packed)
 
 
-class Int8Linear(nn.Module):
-    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, its weight rounded to int8 with one scale per output."""
+class NativeLinear(KernelLinear):
+    """The weight as it is."""
 
     def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
-        super().__init__()
-        self._kernels = kernels
-        self.out_features = linear.out_features
+        panels, bias = pack(linear.weight.detach()), fill_outputs(linear.bias)
+        super().__init__(
+            PackedWeight(LinearKind.FP32, panels, linear.in_features, linear.out_features, bias=bias), kernels
+        )
+
+
+class Int8Linear(KernelLinear):
+    """The weight rounded to int8 with one scale per output."""
+
+    def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
         values, scale = quantise(linear.weight)
-        filled = -linear.out_features % PANEL
-        self._packed: Tensor
-        self._scale: Tensor
-        self._bias: Tensor | None
-        self.register_buffer("_packed", kernels.pack(values), persistent=False)
-        self.register_buffer("_scale", nn.functional.pad(scale, (0, filled)).contiguous(), persistent=False)
-        bias: Tensor | None = linear.bias
-        if bias is not None:
-            bias = nn.functional.pad(bias.detach(), (0, filled)).contiguous()
-        self.register_buffer("_bias", bias, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., in_features] float32 -> [.., out_features] float32."""
-        return self._kernels.linear_int8(x, self._packed, self._scale, self._bias, self.out_features)
+        panels, scales, bias = pack(values), fill_outputs(scale), fill_outputs(linear.bias)
+        super().__init__(
+            PackedWeight(LinearKind.INT8, panels, linear.in_features, linear.out_features, scales, bias), kernels
+        )
 
 
 class OneDnnLinear(nn.Module):

@@ -1,0 +1,228 @@
+/* Linear layers: y[m, n] = x[m, k] w[n, k]^T + bias; see pool.h for what all kernels promise.
+ *
+ * Weights are packed in panels of 8 outputs, [n / 8] of
+ *   FP32         [k][8] floats
+ *   INT8         [k][8] int8; the sums are scaled once finished
+ *   INT4         [k / 32] groups of: 8 fp16 scales, 8 fp16 minima, [4][8] words with 8 steps of k, 4 bits each
+ *   INT8_GROUPS  [k / 32] groups of: 8 fp16 scales, [32][8] int8
+ * panels 64-byte aligned. Groups stand for fp32 numbers, and give bitwise what the FP32 kernel gives over those.
+ *
+ * What few rows cost is reading the weights, so they are read once: up to 6 rows by two panels at a time, 7 to 12 by one.
+ * More rows take several passes over blocks of k that stay in the first-level cache, and each pass fetches its share of
+ * the next block. Quantised weights are widened block by block, into that cache; for one row, in registers (widen.c).
+ */
+#include "linear.h"
+
+#include <immintrin.h>
+#include <stdlib.h>
+
+#include "widen.h"
+
+enum { WIDTH = 8, K_BLOCK = 256, ONE_PASS = 12, PAIR_ROWS = 6, STEP_BYTES = 4 * WIDTH };
+enum { AHEAD_QUAD = 512, AHEAD_PAIR = 1024, AHEAD_SINGLE = 4096 }; /* bytes; tried from 0 to 8192 */
+
+typedef struct {
+  const linear_layer *layer;
+  const float *x; /* packed, see pack_rows */
+  float *y;
+  long m, pairs_per_item;
+} linear_job;
+
+/* ---- k steps of x, packed [k][rows], added to y (or to the bias, or to zero, at the start): one sum in order of k, however
+ * it is cut. Written out row by row because compilers keep an array of accumulators in memory ---- */
+
+typedef struct {
+  const float *from; /* where the sums start: y itself, the bias, or NULL for zero */
+  long stride;       /* of `from`, per row */
+  float *y;
+  long n;
+} sums_at;
+
+#define ROWS_1(DO) DO(0)
+#define ROWS_2(DO) ROWS_1(DO) DO(1)
+#define ROWS_3(DO) ROWS_2(DO) DO(2)
+#define ROWS_4(DO) ROWS_3(DO) DO(3)
+#define ROWS_5(DO) ROWS_4(DO) DO(4)
+#define ROWS_6(DO) ROWS_5(DO) DO(5)
+#define ROWS_7(DO) ROWS_6(DO) DO(6)
+#define ROWS_8(DO) ROWS_7(DO) DO(7)
+#define ROWS_9(DO) ROWS_8(DO) DO(8)
+#define ROWS_10(DO) ROWS_9(DO) DO(9)
+#define ROWS_11(DO) ROWS_10(DO) DO(10)
+#define ROWS_12(DO) ROWS_11(DO) DO(11)
+
+#define LOAD(r, offset) (at.from ? _mm256_loadu_ps(at.from + (r) * at.stride + (offset)) : _mm256_setzero_ps())
+#define START_LOW(r) __m256 low##r = LOAD(r, 0);
+#define START_BOTH(r) __m256 low##r = LOAD(r, 0), high##r = LOAD(r, WIDTH);
+#define STEP_LOW(r) low##r = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r), w_low, low##r);
+#define STEP_BOTH(r)                                     \
+  {                                                      \
+    __m256 value = _mm256_broadcast_ss(x + r);           \
+    low##r = _mm256_fmadd_ps(value, w_low, low##r);      \
+    high##r = _mm256_fmadd_ps(value, w_high, high##r);   \
+  }
+#define STORE_LOW(r) _mm256_storeu_ps(at.y + r * at.n, low##r);
+#define STORE_BOTH(r) STORE_LOW(r) _mm256_storeu_ps(at.y + r * at.n + WIDTH, high##r);
+
+/* `ahead` of each panel is fetched meanwhile, `pace` bytes a step */
+#define DEFINE_PAIR(ROWS)                                                                                              \
+  AVX2 static void pair_##ROWS(const float *restrict x, const float *restrict low, const float *restrict high,         \
+                               long steps, sums_at at, const char *ahead_low, const char *ahead_high, long pace) {     \
+    ROWS_##ROWS(START_BOTH)                                                                                            \
+    for (long i = 0; i < steps; i++, low += WIDTH, high += WIDTH, x += ROWS) {                                         \
+      __m256 w_low = _mm256_load_ps(low), w_high = _mm256_load_ps(high);                                               \
+      _mm_prefetch(ahead_low, _MM_HINT_T0);                                                                            \
+      _mm_prefetch(ahead_high, _MM_HINT_T0);                                                                           \
+      ahead_low += pace, ahead_high += pace;                                                                           \
+      ROWS_##ROWS(STEP_BOTH)                                                                                           \
+    }                                                                                                                  \
+    ROWS_##ROWS(STORE_BOTH)                                                                                            \
+  }
+#define DEFINE_SINGLE(ROWS)                                                                                    \
+  AVX2 static void single_##ROWS(const float *restrict x, const float *restrict w, long steps, sums_at at) {   \
+    ROWS_##ROWS(START_LOW)                                                                                     \
+    for (long i = 0; i < steps; i++, w += WIDTH, x += ROWS) {                                                  \
+      __m256 w_low = _mm256_load_ps(w);                                                                        \
+      _mm_prefetch((const char *)w + AHEAD_SINGLE, _MM_HINT_T0);                                               \
+      ROWS_##ROWS(STEP_LOW)                                                                                    \
+    }                                                                                                          \
+    ROWS_##ROWS(STORE_LOW)                                                                                     \
+  }
+DEFINE_PAIR(1) DEFINE_PAIR(2) DEFINE_PAIR(3) DEFINE_PAIR(4) DEFINE_PAIR(5) DEFINE_PAIR(6)
+DEFINE_SINGLE(7) DEFINE_SINGLE(8) DEFINE_SINGLE(9) DEFINE_SINGLE(10) DEFINE_SINGLE(11) DEFINE_SINGLE(12)
+
+/* One row over four panels: as many streams are read a tenth faster than two. */
+AVX2 static void quad_1(const float *restrict x, const float *restrict w, long k, sums_at at) {
+  const float *w1 = w + k * WIDTH, *w2 = w1 + k * WIDTH, *w3 = w2 + k * WIDTH;
+  __m256 sum0 = LOAD(0, 0), sum1 = LOAD(0, WIDTH), sum2 = LOAD(0, 2 * WIDTH), sum3 = LOAD(0, 3 * WIDTH);
+  for (long i = 0; i < k; i++, w += WIDTH, w1 += WIDTH, w2 += WIDTH, w3 += WIDTH) {
+    __m256 value = _mm256_broadcast_ss(x + i);
+    _mm_prefetch((const char *)w + AHEAD_QUAD, _MM_HINT_T0);
+    _mm_prefetch((const char *)w1 + AHEAD_QUAD, _MM_HINT_T0);
+    _mm_prefetch((const char *)w2 + AHEAD_QUAD, _MM_HINT_T0);
+    _mm_prefetch((const char *)w3 + AHEAD_QUAD, _MM_HINT_T0);
+    sum0 = _mm256_fmadd_ps(value, _mm256_load_ps(w), sum0);
+    sum1 = _mm256_fmadd_ps(value, _mm256_load_ps(w1), sum1);
+    sum2 = _mm256_fmadd_ps(value, _mm256_load_ps(w2), sum2);
+    sum3 = _mm256_fmadd_ps(value, _mm256_load_ps(w3), sum3);
+  }
+  _mm256_storeu_ps(at.y, sum0);
+  _mm256_storeu_ps(at.y + WIDTH, sum1);
+  _mm256_storeu_ps(at.y + 2 * WIDTH, sum2);
+  _mm256_storeu_ps(at.y + 3 * WIDTH, sum3);
+}
+
+/* ---- blocks of rows and of k ---- */
+
+/* Rows to take next when `left` of m remain: as few and as even blocks as the registers allow. */
+static inline long next_rows(long m, long left) {
+  long most = m <= ONE_PASS ? ONE_PASS : PAIR_ROWS, blocks = (left + most - 1) / most;
+  return (left + blocks - 1) / blocks;
+}
+
+/* x [m][k] with each block of rows transposed to [k][rows], in a buffer that only grows. NULL: memory ran out. */
+static const float *pack_rows(const float *x, long m, long k) {
+  static float *buffer;
+  static long capacity;
+  if (m == 1) return x;
+  if (capacity < m * k) {
+    free(buffer);
+    buffer = malloc(m * k * sizeof(float));
+    capacity = buffer ? m * k : 0;
+    if (!buffer) return NULL;
+  }
+  for (long row = 0, rows; row < m; row += rows) {
+    rows = next_rows(m, m - row);
+    float *out = buffer + row * k;
+    for (long r = 0; r < rows; r++)
+      for (long i = 0; i < k; i++) out[i * rows + r] = x[(row + r) * k + i];
+  }
+  return buffer;
+}
+
+/* A block of rows times `steps` of two panels. */
+static void rows_block(long rows, const float *x, const float *low, const float *high, long steps, sums_at at,
+                       const char *ahead_low, const char *ahead_high, long pace) {
+  sums_at second = {at.from ? at.from + WIDTH : NULL, at.stride, at.y + WIDTH, at.n};
+  switch (rows) {
+#define PAIR(ROWS) \
+  case ROWS: pair_##ROWS(x, low, high, steps, at, ahead_low, ahead_high, pace); break;
+#define SINGLE(ROWS) \
+  case ROWS: single_##ROWS(x, low, steps, at); single_##ROWS(x, high, steps, second); break;
+    PAIR(1) PAIR(2) PAIR(3) PAIR(4) PAIR(5) PAIR(6)
+    SINGLE(7) SINGLE(8) SINGLE(9) SINGLE(10) SINGLE(11) SINGLE(12)
+  }
+}
+
+/* Two neighbouring panels, from output 16 * pair on, for all rows. */
+static void one_pair(const linear_job *job, long pair) {
+  const linear_layer *layer = job->layer;
+  long k = layer->k, n = layer->n, m = job->m, panel = 2 * pair;
+  int is_wide = layer->kind == LINEAR_FP32, in_one_pass = m <= ONE_PASS;
+  const float *bias = layer->bias && layer->kind != LINEAR_INT8 ? layer->bias + panel * WIDTH : NULL;
+  float widened[2][K_BLOCK * WIDTH] __attribute__((aligned(64)));
+  long block = is_wide && in_one_pass ? k : K_BLOCK, passes = (m + PAIR_ROWS - 1) / PAIR_ROWS;
+  for (long first = 0; first < k; first += block) {
+    long steps = k - first < block ? k - first : block;
+    const float *low = widened[0], *high = widened[1];
+    if (is_wide) {
+      low = (const float *)layer->panels + (panel * k + first) * WIDTH, high = low + k * WIDTH;
+    } else {
+      widen_panel(layer, panel, first, steps, widened[0]);
+      widen_panel(layer, panel + 1, first, steps, widened[1]);
+    }
+    long pace = in_one_pass ? STEP_BYTES : STEP_BYTES / passes;
+    long ahead = is_wide ? in_one_pass ? AHEAD_PAIR : steps * STEP_BYTES : 0;
+    for (long row = 0, rows; row < m; row += rows, ahead += pace * steps) {
+      rows = next_rows(m, m - row);
+      float *y = job->y + row * n + panel * WIDTH;
+      sums_at at = {first ? y : bias, first ? n : 0, y, n};
+      if (!is_wide) pace = ahead = 0;
+      rows_block(rows, job->x + row * k + first * rows, low, high, steps, at, (const char *)low + ahead,
+                 (const char *)high + ahead, pace);
+    }
+  }
+  for (long row = 0; layer->kind == LINEAR_INT8 && row < m; row++)
+    for (long p = panel; p < panel + 2; p++) finish_int8(layer, p, job->y + row * n + p * WIDTH);
+}
+
+static void linear_item(void *arg, long item) {
+  const linear_job *job = arg;
+  const linear_layer *layer = job->layer;
+  long pair = item * job->pairs_per_item, end = pair + job->pairs_per_item;
+  if (end > layer->n / (2 * WIDTH)) end = layer->n / (2 * WIDTH);
+  if (job->m == 1 && layer->kind != LINEAR_FP32) {
+    one_row(layer, job->x, 2 * pair, 2 * (end - pair), job->y);
+    return;
+  }
+  for (; job->m == 1 && pair + 1 < end; pair += 2) {
+    long output = 2 * WIDTH * pair;
+    sums_at at = {layer->bias ? layer->bias + output : NULL, 0, job->y + output, layer->n};
+    quad_1(job->x, (const float *)layer->panels + output * layer->k, layer->k, at);
+  }
+  for (; pair < end; pair++) one_pair(job, pair);
+}
+
+int linear_run(const linear_layer *layer, const float *x, float *y, long m) {
+  const float *packed = pack_rows(x, m, layer->k);
+  if (!packed) return -1;
+  long pairs = layer->n / (2 * WIDTH), items = 4 * pool_threads();
+  long each = (pairs + items - 1) / items;
+  each += each % 2; /* one row takes two pairs at a time */
+  linear_job job = {layer, packed, y, m, each};
+  pool_run(linear_item, &job, (pairs + each - 1) / each);
+  return 0;
+}
+
+/* As linear_run, for callers outside the pool. */
+int redraft_linear(const linear_layer *layer, const float *x, float *y, long m) {
+  pool_enter();
+  int status = linear_run(layer, x, y, m);
+  pool_leave();
+  return status;
+}
+
+int redraft_supported(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
