@@ -160,6 +160,29 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
+def pack_groups(values: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
+    """A weight in groups of 32 inputs -> panels [n / 8, groups, bytes] uint8, n filled up to a multiple of 16.
+
+    `values`: [n, groups, 32], uint8 below 16 with a `minimum`, int8 without. `scale`, `minimum`: float16 [n, groups].
+    """
+    n, groups, size = values.shape
+    filled = (0, 0) * 2 + (0, -n % PAIR)
+    blocks = nn.functional.pad(values.view(torch.uint8), filled).view(-1, PANEL, groups, size)
+    heads = [scale] if minimum is None else [scale, minimum]
+    parts = [
+        nn.functional.pad(head.view(torch.int16), filled[2:]).view(-1, PANEL, groups).transpose(1, 2) for head in heads
+    ]
+    parts = [part.contiguous().view(torch.uint8) for part in parts]
+    if minimum is None:
+        parts.append(blocks.permute(0, 2, 3, 1).flatten(2))
+    else:
+        pairs = blocks[..., 0::2] | blocks[..., 1::2] << 4  # eight steps are the four bytes of a little-endian word
+        parts.append(pairs.view(-1, PANEL, groups, size // 8, 4).permute(0, 2, 3, 1, 4).flatten(2))
+    packed = aligned_empty(torch.uint8, len(blocks), groups, sum(part.shape[-1] for part in parts))
+    torch.cat(parts, dim=-1, out=packed)
+    return packed
+
+
 def fill_outputs(values: Tensor | None) -> Tensor | None:
     """A scale or bias [n], with zeros up to a multiple of 16."""
     return None if values is None else nn.functional.pad(values.detach(), (0, -len(values) % PAIR)).contiguous()

@@ -9,7 +9,7 @@
  *
  * What few rows cost is reading the weights, so they are read once: up to 6 rows by two panels at a time, 7 to 12 by one.
  * More rows take several passes over blocks of k that stay in the first-level cache, and each pass fetches its share of
- * the next block. Quantised weights are widened block by block, into that cache; for one row, in registers (widen.c).
+ * the next block. Quantised weights are widened block by block into that cache or, for a few rows, in registers (widen.c).
  */
 #include "linear.h"
 
@@ -18,7 +18,7 @@
 
 #include "widen.h"
 
-enum { WIDTH = 8, K_BLOCK = 256, ONE_PASS = 12, PAIR_ROWS = 6, STEP_BYTES = 4 * WIDTH };
+enum { WIDTH = 8, K_BLOCK = 192, ONE_PASS = 12, PAIR_ROWS = 6, STEP_BYTES = 4 * WIDTH };
 enum { AHEAD_QUAD = 512, AHEAD_PAIR = 1024, AHEAD_SINGLE = 4096 }; /* bytes; tried from 0 to 8192 */
 
 typedef struct {
@@ -114,14 +114,19 @@ AVX2 static void quad_1(const float *restrict x, const float *restrict w, long k
 
 /* ---- blocks of rows and of k ---- */
 
-/* Rows to take next when `left` of m remain: as few and as even blocks as the registers allow. */
-static inline long next_rows(long m, long left) {
-  long most = m <= ONE_PASS ? ONE_PASS : PAIR_ROWS, blocks = (left + most - 1) / most;
+/* Most rows of m in a block: one panel's sums of 12 rows fit the registers, or two panels' of 6. */
+static inline long most_rows(const linear_layer *layer, long m) {
+  return layer->kind == LINEAR_FP32 && m <= ONE_PASS ? ONE_PASS : PAIR_ROWS;
+}
+
+/* Rows to take next when `left` remain: as few and as even blocks as possible. */
+static inline long next_rows(long most, long left) {
+  long blocks = (left + most - 1) / most;
   return (left + blocks - 1) / blocks;
 }
 
 /* x [m][k] with each block of rows transposed to [k][rows], in a buffer that only grows. NULL: memory ran out. */
-static const float *pack_rows(const float *x, long m, long k) {
+static const float *pack_rows(const float *x, long m, long k, long most) {
   static float *buffer;
   static long capacity;
   if (m == 1) return x;
@@ -132,7 +137,7 @@ static const float *pack_rows(const float *x, long m, long k) {
     if (!buffer) return NULL;
   }
   for (long row = 0, rows; row < m; row += rows) {
-    rows = next_rows(m, m - row);
+    rows = next_rows(most, m - row);
     float *out = buffer + row * k;
     for (long r = 0; r < rows; r++)
       for (long i = 0; i < k; i++) out[i * rows + r] = x[(row + r) * k + i];
@@ -157,13 +162,16 @@ static void rows_block(long rows, const float *x, const float *low, const float 
 /* Two neighbouring panels, from output 16 * pair on, for all rows. */
 static void one_pair(const linear_job *job, long pair) {
   const linear_layer *layer = job->layer;
-  long k = layer->k, n = layer->n, m = job->m, panel = 2 * pair;
-  int is_wide = layer->kind == LINEAR_FP32, in_one_pass = m <= ONE_PASS;
-  const float *bias = layer->bias && layer->kind != LINEAR_INT8 ? layer->bias + panel * WIDTH : NULL;
+  long k = layer->k, n = layer->n, m = job->m, panel = 2 * pair, most = most_rows(layer, m);
+  int is_wide = layer->kind == LINEAR_FP32, in_one_pass = is_wide && m <= most;
+  const float *bias = layer->bias ? layer->bias + panel * WIDTH : NULL;
   float widened[2][K_BLOCK * WIDTH] __attribute__((aligned(64)));
-  long block = is_wide && in_one_pass ? k : K_BLOCK, passes = (m + PAIR_ROWS - 1) / PAIR_ROWS;
+  long block = in_one_pass ? k : K_BLOCK;
   for (long first = 0; first < k; first += block) {
     long steps = k - first < block ? k - first : block;
+    /* fetch a little ahead, or the next block in as many shares as there are passes; widening fetches for itself */
+    long pace = in_one_pass ? STEP_BYTES : is_wide ? STEP_BYTES / ((m + most - 1) / most) : 0;
+    long ahead = in_one_pass ? AHEAD_PAIR : is_wide ? steps * STEP_BYTES : 0;
     const float *low = widened[0], *high = widened[1];
     if (is_wide) {
       low = (const float *)layer->panels + (panel * k + first) * WIDTH, high = low + k * WIDTH;
@@ -171,19 +179,14 @@ static void one_pair(const linear_job *job, long pair) {
       widen_panel(layer, panel, first, steps, widened[0]);
       widen_panel(layer, panel + 1, first, steps, widened[1]);
     }
-    long pace = in_one_pass ? STEP_BYTES : STEP_BYTES / passes;
-    long ahead = is_wide ? in_one_pass ? AHEAD_PAIR : steps * STEP_BYTES : 0;
     for (long row = 0, rows; row < m; row += rows, ahead += pace * steps) {
-      rows = next_rows(m, m - row);
+      rows = next_rows(most, m - row);
       float *y = job->y + row * n + panel * WIDTH;
       sums_at at = {first ? y : bias, first ? n : 0, y, n};
-      if (!is_wide) pace = ahead = 0;
       rows_block(rows, job->x + row * k + first * rows, low, high, steps, at, (const char *)low + ahead,
                  (const char *)high + ahead, pace);
     }
   }
-  for (long row = 0; layer->kind == LINEAR_INT8 && row < m; row++)
-    for (long p = panel; p < panel + 2; p++) finish_int8(layer, p, job->y + row * n + p * WIDTH);
 }
 
 static void linear_item(void *arg, long item) {
@@ -191,8 +194,16 @@ static void linear_item(void *arg, long item) {
   const linear_layer *layer = job->layer;
   long pair = item * job->pairs_per_item, end = pair + job->pairs_per_item;
   if (end > layer->n / (2 * WIDTH)) end = layer->n / (2 * WIDTH);
-  if (job->m == 1 && layer->kind != LINEAR_FP32) {
-    one_row(layer, job->x, 2 * pair, 2 * (end - pair), job->y);
+  if (layer->kind != LINEAR_FP32 && job->m <= rows_in_registers(layer)) {
+    few_rows(layer, job->x, job->m, 2 * pair, 2 * (end - pair), job->y);
+    return;
+  }
+  if (layer->kind == LINEAR_INT8) { /* its panels stay in the first-level cache as they are */
+    for (; pair < end; pair++)
+      for (long row = 0, rows; row < job->m; row += rows) {
+        rows = next_rows(PAIR_ROWS, job->m - row);
+        few_rows(layer, job->x + row * layer->k, rows, 2 * pair, 2, job->y + row * layer->n);
+      }
     return;
   }
   for (; job->m == 1 && pair + 1 < end; pair += 2) {
@@ -204,7 +215,7 @@ static void linear_item(void *arg, long item) {
 }
 
 int linear_run(const linear_layer *layer, const float *x, float *y, long m) {
-  const float *packed = pack_rows(x, m, layer->k);
+  const float *packed = pack_rows(x, m, layer->k, most_rows(layer, m));
   if (!packed) return -1;
   long pairs = layer->n / (2 * WIDTH), items = 4 * pool_threads();
   long each = (pairs + items - 1) / items;

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from redraft.kernels.library import CpuKernels, LinearKind, PackedWeight, fill_outputs, library, pack
+from redraft.kernels.library import CpuKernels, LinearKind, PackedWeight, fill_outputs, library, pack, pack_groups
+from redraft.models.groups import Groups, groups_of
 from redraft.models.quantised import layer_linears, quantise
 
 _EXPECTED_ROWS = 8  # oneDNN chooses its layout for about so many; others stay correct
@@ -54,6 +55,16 @@ class Int8Linear(KernelLinear):
         super().__init__(
             PackedWeight(LinearKind.INT8, panels, linear.in_features, linear.out_features, scales, bias), kernels
         )
+
+
+class GroupLinear(KernelLinear):
+    """The weight in groups of 4 or 8 bits; computes bitwise what `NativeLinear` does with their numbers."""
+
+    def __init__(self, linear: nn.Linear, groups: Groups, kernels: CpuKernels) -> None:
+        kind = LinearKind.INT4 if groups.bits == 4 else LinearKind.INT8_GROUPS
+        panels = pack_groups(groups.values, groups.scale, groups.minimum if groups.bits == 4 else None)
+        bias = fill_outputs(linear.bias)
+        super().__init__(PackedWeight(kind, panels, linear.in_features, linear.out_features, bias=bias), kernels)
 
 
 class OneDnnLinear(nn.Module):
@@ -117,6 +128,12 @@ def _packed_once(linear: nn.Linear, kernels: CpuKernels | None) -> nn.Module:
     """The packed form, remembered by the linear itself for as long as another model still has it unpacked."""
     known = linear.__dict__.get("_redraft_packed")
     if not isinstance(known, nn.Module):
-        known = OneDnnLinear(linear) if kernels is None else NativeLinear(linear, kernels)
+        groups = groups_of(linear)
+        if kernels is None:
+            known = OneDnnLinear(linear)
+        elif groups is None:
+            known = NativeLinear(linear, kernels)
+        else:
+            known = GroupLinear(linear, groups, kernels)
         linear.__dict__["_redraft_packed"] = known
     return known
