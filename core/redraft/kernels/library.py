@@ -4,7 +4,6 @@ cannot run."""
 from __future__ import annotations
 
 import ctypes
-import math
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from redraft.kernels.memory import aligned_empty
+
 LIBRARY_FILE = Path(__file__).with_name("_cpu.so")
 PANEL = 8  # outputs that are packed together
 PAIR = 2 * PANEL  # the kernels take panels two by two
-_ALIGNMENT = 64  # bytes
 MAX_HEAD_DIM = 256
 _QUERIES_PER_ITEM = 8
 
@@ -186,14 +186,6 @@ def pack_groups(values: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor
 def fill_outputs(values: Tensor | None) -> Tensor | None:
     """A scale or bias [n], with zeros up to a multiple of 16."""
     return None if values is None else nn.functional.pad(values.detach(), (0, -len(values) % PAIR)).contiguous()
-
-
-def aligned_empty(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Uninitialised memory that starts on a cache line."""
-    count = math.prod(shape)
-    storage = torch.empty(count + _ALIGNMENT, dtype=dtype)
-    offset = -storage.data_ptr() % _ALIGNMENT // storage.element_size()
-    return storage[offset : offset + count].view(shape)
 
 
 @cache

@@ -1,8 +1,8 @@
 """Weights in groups of 32 along a row's inputs: w = d * q + m, as GGUF's Q4_1 and Q8_0 store them.
 
 `d` and `m` are fp16 and q an integer (4 bits: 0 .. 15; 8 bits: -127 .. 127, and no m). The product d * q is exact in
-float32, so there is one number that a group stands for, whoever computes it. A checkpoint that was made from such a file holds
-exactly these numbers, and its groups can be found again; for any other the nearest are chosen.
+float32, so there is one number that a group stands for, whoever computes it. A checkpoint that was made from such a
+file holds exactly these numbers, and its groups can be found again; for any other the nearest are chosen.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def nearest_groups(weight: Tensor, bits: int) -> Groups:
 
 
 def exact_groups(weight: Tensor, bits: int) -> Groups | None:
-    """The groups that stand for exactly this weight, bit for bit; None if it has no such groups."""
+    """The groups that stand for exactly this weight; None if it has no such groups."""
     if weight.shape[1] % GROUP:
         return None
     sample = weight.shape[0] // _SAMPLE_ROWS
@@ -127,6 +127,5 @@ def _rounded(rows: Tensor, bits: int, scale: Tensor, minimum: Tensor) -> Groups:
 
 
 def _holds(groups: Groups, rows: Tensor) -> Tensor:
-    """[out, groups]: whether a group stands for exactly these numbers (of zeros, the sign included)."""
-    ours = groups.dequantise().reshape(rows.shape)
-    return (ours.view(torch.int32) == rows.contiguous().view(torch.int32)).all(-1)
+    """[out, groups]: whether a group stands for just these numbers. A zero's sign does not count, it adds nothing."""
+    return (groups.dequantise().reshape(rows.shape) == rows).all(-1)

@@ -1,9 +1,9 @@
 """A target's weights in 8 or 4 bits: kept where the checkpoint lies on such a grid, rounded to the nearest elsewhere.
 
-Either way the result is a model of float32 numbers, the ones that the groups stand for. The kernels give bitwise the same
-on the groups as on those numbers, so a server with groups is lossless with respect to that model, and training or plain
-transformers can have it as an ordinary checkpoint. One made from a GGUF file of Q4_0, Q4_1 or Q8_0 tensors lies on the grid
-and stays the model it is; another becomes a new one, with a fingerprint of its own.
+Either way the result is a model of float32 numbers, the ones that the groups stand for. The kernels give bitwise the
+same on the groups as on those numbers, so a server with groups is lossless with respect to that model, and training or
+plain transformers can have it as an ordinary checkpoint. One made from a GGUF file of Q4_0, Q4_1 or Q8_0 tensors lies
+on the grid and stays the model it is; another becomes a new one, with a fingerprint of its own.
 
 `python -m redraft.models.rounding MODEL DIRECTORY --weights int4` writes such a model down, to train drafts for it.
 """
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def _linear_to_groups(linear: nn.Linear, bits: int) -> bool:
     return is_exact
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Write a model whose weights are rounded, as a checkpoint directory."""
     from redraft.errors import RedraftError
     from redraft.models.checkpoint_files import copy_tokenizer
@@ -88,7 +89,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--weights", type=WeightFormat, choices=[WeightFormat.INT8, WeightFormat.INT4], required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         loaded = load_model(ModelRef.parse(arguments.model), weights=arguments.weights)
         loaded.model.save_pretrained(arguments.directory)
@@ -100,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from redraft.kernels.library import CpuKernels, library, pack
-from redraft.models.packed import Int8Linear, KernelLinear, NativeLinear
+from redraft.models.groups import GROUP, Groups, nearest_groups
+from redraft.models.packed import GroupLinear, Int8Linear, KernelLinear, NativeLinear
 from redraft.models.quantised import dequantise, quantise
 
 SHAPES = [(8, 16), (64, 48), (33, 50), (576, 1), (7, 130), (600, 176)]  # k above 256: more than one block
@@ -81,3 +82,44 @@ def test_pack_is_aligned_and_fills_the_last_panels_with_zeros(dtype: torch.dtype
     assert packed[2, :, :4].t().tolist() == values[16:].tolist()
     assert not packed[2, :, 4:].any()
     assert not packed[3].any()
+
+
+GROUP_SHAPES = [(32, 16), (64, 50), (576, 1), (608, 176), (192, 130)]
+
+
+def on_grid(k: int, n: int, bits: int) -> tuple[nn.Linear, Groups]:
+    """A layer whose weight lies on groups exactly, with outputs and groups of very different size."""
+    layer = linear(k, n, bias=True)
+    sizes = torch.logspace(-6, 2, n * k // GROUP).view(n, -1, 1)
+    groups = nearest_groups((layer.weight.view(n, -1, GROUP) * sizes).flatten(1), bits)
+    layer.weight.copy_(groups.dequantise())
+    return layer, groups
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("k", "n"), GROUP_SHAPES)
+def test_groups_give_bitwise_what_their_float32_numbers_give(kernels: CpuKernels, k: int, n: int, bits: int) -> None:
+    layer, groups = on_grid(k, n, bits)
+    x = random(40, k, seed=3)
+    ours, reference = GroupLinear(layer, groups, kernels), NativeLinear(layer, kernels)
+    assert reference(x).isfinite().all()
+    for rows in range(1, 41):
+        assert torch.equal(ours(x[:rows]), reference(x[:rows])), f"{rows} rows at once"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("k", "n"), GROUP_SHAPES)
+def test_a_row_of_groups_is_bitwise_the_same_in_any_company(kernels: CpuKernels, k: int, n: int, bits: int) -> None:
+    layer, groups = on_grid(k, n, bits)
+    packed = GroupLinear(layer, groups, kernels)
+    x = random(40, k, seed=3)
+    alone = torch.cat([packed(row) for row in x.split(1)])
+    for rows in range(2, 41):
+        assert torch.equal(alone, torch.cat([packed(part) for part in x.split(rows)])), f"{rows} rows at once"
+
+
+def test_four_bits_are_a_sixth_of_the_memory(kernels: CpuKernels) -> None:
+    layer, groups = on_grid(608, 176, 4)
+    panels = GroupLinear(layer, groups, kernels).weight_packed.panels
+    assert panels.numel() * panels.element_size() * 8 == 5 * layer.weight.numel()
+    assert panels.data_ptr() % 64 == 0
