@@ -28,7 +28,7 @@ from redraft.sampling.processors import SamplingRow, probabilities
 TARGET, DRAFT_WARM, DRAFT_COLD = "target", "draft, warm", "draft, after target"
 SAMPLERS = {"greedy": SamplingParams(temperature=0.0), "top-p 0.95": SamplingParams(temperature=0.7, top_p=0.95)}
 _SPLIT_PASSES = 3
-_KERNELS = (("linear_ms", ("linear", "linear_int8")), ("attention_ms", ("attention",)))
+_KERNELS = (("linear_ms", ("linear",)), ("attention_ms", ("attention",)))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ class ModelConfig(_Group):
     """The small model that proposes tokens, named like the target. It must share the target's tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of weights and KV cache. auto: float32 on CPU, the checkpoint's own on a GPU."""
+    weights: Literal["full", "int8", "int4"] = "full"
+    """How the target's weights are kept, on a CPU in float32. full: as dtype says. int4, int8: weights of a GGUF file
+    that has them so stay what they are, others are rounded, which makes another model of it (docs/quantised.md)."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     cache_dir: Path | None = None
@@ -274,6 +277,10 @@ class ServerConfig(_Group):
             )
         if self.model.tensor_parallel > 1 and self.model.device != "auto":
             raise ValueError("model.tensor_parallel takes the GPUs in order: leave model.device at auto")
+        if self.model.weights != "full" and self.model.dtype not in ("auto", "float32"):
+            raise ValueError(f"model.weights {self.model.weights} needs model.dtype float32")
+        if self.model.weights != "full" and (self.model.tensor_parallel > 1 or self.model.device.startswith("cuda")):
+            raise ValueError(f"model.weights {self.model.weights} is for one process on a CPU: set model.device to cpu")
         if self.speculation.ngram_min > self.speculation.ngram_max:
             raise ValueError("speculation.ngram_min must be at most speculation.ngram_max")
         if self.engine.max_batch_tokens < self.engine.max_running_requests:

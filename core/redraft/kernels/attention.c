@@ -4,11 +4,6 @@
 #include "attention.h"
 #include "vector.h"
 
-int redraft_supported(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
 /* The score of a key: its product with the query, scaled and, if wanted, capped. */
 INLINE float score_of(const attention_job *job, const float *q, const float *key, int dim) {
   __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();

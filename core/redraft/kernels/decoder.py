@@ -7,15 +7,16 @@ from enum import IntEnum
 
 
 class LinearKind(IntEnum):
-    """How a linear layer's weights are stored."""
+    """How a linear layer's weights are stored; the layouts are in `linear.c`."""
 
     FP32 = 0
     INT8 = 1
     INT4 = 2
+    INT8_GROUPS = 3
 
 
 class LinearLayer(Structure):
-    """One linear layer: addresses of its packed weights, scales and biases; inputs and outputs."""
+    """`linear_layer` of `linear.h`; holds addresses only, so the tensors must outlive it."""
 
     _fields_ = (
         ("kind", c_long),

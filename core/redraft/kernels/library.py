@@ -5,21 +5,47 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from ctypes import byref, c_float, c_int, c_long, c_void_p
+from ctypes import POINTER, byref, c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from redraft.kernels.decoder import Decoder
+from redraft.kernels.decoder import Decoder, LinearKind, LinearLayer
+from redraft.kernels.memory import aligned_empty
 
 LIBRARY_FILE = Path(__file__).with_name("_cpu.so")
-PANEL = 16
-_ALIGNMENT = 64  # bytes
+PANEL = 8  # outputs that are packed together
+PAIR = 2 * PANEL  # the kernels take panels two by two
 MAX_HEAD_DIM = 256
 _QUERIES_PER_ITEM = 8
 _OUT_OF_RANGE = -2
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A linear layer as the kernels read it.
+
+    Attributes:
+        panels: the weight, packed for `kind`, 64-byte aligned; outputs filled up to a multiple of 16 with zeros.
+        scale: float32 per output, filled up likewise; for `LinearKind.INT8` only.
+        bias: float32 per output, filled up likewise, or None.
+    """
+
+    kind: LinearKind
+    panels: Tensor
+    in_features: int
+    out_features: int
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+    def layer(self) -> LinearLayer:
+        """The address form, valid while these tensors live."""
+        scale, bias = (None if each is None else each.data_ptr() for each in (self.scale, self.bias))
+        filled = -(-self.out_features // PAIR) * PAIR
+        return LinearLayer(self.kind, self.panels.data_ptr(), scale, bias, self.in_features, filled)
 
 
 class CpuKernels:
@@ -27,11 +53,8 @@ class CpuKernels:
 
     def __init__(self, path: Path) -> None:
         self._lib = ctypes.CDLL(str(path))
-        linear = (*(c_void_p,) * 4, *(c_long,) * 3)
-        linear_int8 = (*(c_void_p,) * 5, *(c_long,) * 3)
         attention = (*(c_void_p,) * 5, c_long, c_void_p, *(c_long,) * 7, c_float, c_float)
-        self._lib.redraft_linear.argtypes = linear
-        self._lib.redraft_linear_int8.argtypes = linear_int8
+        self._lib.redraft_linear.argtypes = (POINTER(LinearLayer), c_void_p, c_void_p, c_long)
         self._lib.redraft_attention.argtypes = attention
         self._lib.redraft_decode.argtypes = (*(c_void_p,) * 3, c_long, *(c_void_p,) * 3)
         self._lib.redraft_start_pool.argtypes = (c_int,)
@@ -41,57 +64,13 @@ class CpuKernels:
         """Let the kernels use that many threads, the caller included; a pool only ever grows."""
         return int(self._lib.redraft_start_pool(num_threads))
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """[n, k] fp32 or int8 -> panels [ceil(n / 16), k, 16], 64-byte aligned, the last one filled up with zeros."""
-        n, k = weight.shape
-        panels = -(-n // PANEL)
-        storage = torch.empty(panels * PANEL * k + _ALIGNMENT, dtype=weight.dtype)
-        offset = -storage.data_ptr() % _ALIGNMENT // weight.element_size()
-        packed = storage[offset : offset + panels * PANEL * k].view(panels, k, PANEL)
-        packed.zero_()
-        whole = n // PANEL
-        packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, k).transpose(1, 2)
-        if whole < panels:
-            packed[whole, :, : n - whole * PANEL] = weight[whole * PANEL :].t()
-        return packed
-
-    def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        """x [.., k] times a packed weight -> [.., out_features]. `bias` has a multiple of 16 entries, or is None."""
-        panels, k, _ = packed.shape
-        rows = x.reshape(-1, k).contiguous()
-        y = torch.empty(rows.shape[0], panels * PANEL)
-        status = self._lib.redraft_linear(
-            rows.data_ptr(),
-            packed.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            rows.shape[0],
-            k,
-            panels * PANEL,
-        )
-        _check(status)
-        return y[:, :out_features].reshape(*x.shape[:-1], out_features)
-
-    def linear_int8(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        """x [.., k] times an int8 packed weight, times `scale` per output -> [.., out_features].
-
-        `scale` and `bias` (or None) have a multiple of 16 entries.
-        """
-        panels, k, _ = packed.shape
-        rows = x.reshape(-1, k).contiguous()
-        y = torch.empty(rows.shape[0], panels * PANEL)
-        status = self._lib.redraft_linear_int8(
-            rows.data_ptr(),
-            packed.data_ptr(),
-            scale.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            rows.shape[0],
-            k,
-            panels * PANEL,
-        )
-        _check(status)
-        return y[:, :out_features].reshape(*x.shape[:-1], out_features)
+    def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """x [.., in_features] times a packed weight -> [.., out_features]."""
+        layer = weight.layer()
+        rows = x.reshape(-1, weight.in_features).contiguous()
+        y = torch.empty(rows.shape[0], layer.n)
+        _check(self._lib.redraft_linear(byref(layer), rows.data_ptr(), y.data_ptr(), rows.shape[0]))
+        return y[:, : weight.out_features].reshape(*x.shape[:-1], weight.out_features)
 
     def attention(
         self,
@@ -183,6 +162,46 @@ def attention_items(segments: list[tuple[int, int, int]]) -> Tensor:
         for done in range(0, length, _QUERIES_PER_ITEM)
     ]
     return torch.tensor(rows, dtype=torch.int32)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """[n, k] fp32 or int8 -> panels [n / 8, k, 8], n filled up to a multiple of 16 with zeros; 64-byte aligned."""
+    n, k = weight.shape
+    packed = aligned_empty(weight.dtype, -(-n // PAIR) * 2, k, PANEL)
+    whole = n // PANEL
+    packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, k).transpose(1, 2)
+    packed[whole:] = 0
+    if n % PANEL:
+        packed[whole, :, : n % PANEL] = weight[whole * PANEL :].t()
+    return packed
+
+
+def pack_groups(values: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
+    """A weight in groups of 32 inputs -> panels [n / 8, groups, bytes] uint8, n filled up to a multiple of 16.
+
+    `values`: [n, groups, 32], uint8 below 16 with a `minimum`, int8 without. `scale`, `minimum`: float16 [n, groups].
+    """
+    n, groups, size = values.shape
+    filled = (0, 0) * 2 + (0, -n % PAIR)
+    blocks = nn.functional.pad(values.view(torch.uint8), filled).view(-1, PANEL, groups, size)
+    heads = [scale] if minimum is None else [scale, minimum]
+    parts = [
+        nn.functional.pad(head.view(torch.int16), filled[2:]).view(-1, PANEL, groups).transpose(1, 2) for head in heads
+    ]
+    parts = [part.contiguous().view(torch.uint8) for part in parts]
+    if minimum is None:
+        parts.append(blocks.permute(0, 2, 3, 1).flatten(2))
+    else:
+        pairs = blocks[..., 0::2] | blocks[..., 1::2] << 4  # eight steps are the four bytes of a little-endian word
+        parts.append(pairs.view(-1, PANEL, groups, size // 8, 4).permute(0, 2, 3, 1, 4).flatten(2))
+    packed = aligned_empty(torch.uint8, len(blocks), groups, sum(part.shape[-1] for part in parts))
+    torch.cat(parts, dim=-1, out=packed)
+    return packed
+
+
+def fill_outputs(values: Tensor | None) -> Tensor | None:
+    """A scale or bias [n], with zeros up to a multiple of 16."""
+    return None if values is None else nn.functional.pad(values.detach(), (0, -len(values) % PAIR)).contiguous()
 
 
 @cache

@@ -1,103 +1,239 @@
-/* Linear layers in fp32, and the way to those of other kinds; see pool.h for what all kernels promise.
+/* Linear layers: y[m, n] = x[m, k] w[n, k]^T + bias; see pool.h for what all kernels promise.
  *
- * y[m, n] = x[m, k] w[n, k]^T + bias. Weights come packed in panels of 16 outputs, [n / 16][k][16]; a panel is read from
- * memory once and serves up to 6 rows of x from registers, further rows from the first-level cache, which holds K_BLOCK
- * steps of it.
+ * Weights are packed in panels of 8 outputs, [n / 8] of
+ *   FP32         [k][8] floats
+ *   INT8         [k][8] int8; the sums are scaled once finished
+ *   INT4         [k / 32] groups of: 8 fp16 scales, 8 fp16 minima, [4][8] words with 8 steps of k, 4 bits each
+ *   INT8_GROUPS  [k / 32] groups of: 8 fp16 scales, [32][8] int8
+ * panels 64-byte aligned. Groups stand for fp32 numbers, and give bitwise what the FP32 kernel gives over those.
+ *
+ * What few rows cost is reading the weights, so they are read once: up to 6 rows by two panels at a time, 7 to 12 by one.
+ * More rows take several passes over blocks of k that stay in the first-level cache, and each pass fetches its share of
+ * the next block. Quantised weights are widened block by block into that cache or, for a few rows, in registers (widen.c).
  */
-#include <immintrin.h>
-#include <stdint.h>
-#include <stdlib.h>
-
 #include "linear.h"
 
-enum { PREFETCH_FLOATS = 256 };
+#include <immintrin.h>
+#include <stdlib.h>
+
+#include "widen.h"
+
+enum { WIDTH = 8, K_BLOCK = 192, ONE_PASS = 12, PAIR_ROWS = 6, STEP_BYTES = 4 * WIDTH };
+enum { AHEAD_QUAD = 512, AHEAD_PAIR = 1024, AHEAD_SINGLE = 4096 }; /* bytes; tried from 0 to 8192 */
 
 typedef struct {
-  const float *x, *panels, *bias;
+  const linear_layer *layer;
+  const float *x; /* packed, see pack_rows */
   float *y;
-  long m, k, n, panels_per_item;
+  long m, pairs_per_item;
 } linear_job;
 
-/* k steps of x, packed [k][rows], added to y (or to the bias, at the start): one sum in order of k, however it is cut.
- * Written out row by row because compilers keep an array of accumulators in memory. */
-#define START(r)                                                                          \
-  __m256 low##r = start ? _mm256_loadu_ps(start + r * stride) : _mm256_setzero_ps();      \
-  __m256 high##r = start ? _mm256_loadu_ps(start + r * stride + 8) : _mm256_setzero_ps();
-#define STORE(r)                            \
-  _mm256_storeu_ps(y + r * n, low##r);      \
-  _mm256_storeu_ps(y + r * n + 8, high##r);
-#define DEFINE_PANEL(ROWS)                                                                                        \
-  AVX2 static void panel_##ROWS(const float *restrict x, const float *restrict w, long k, float *y, long n,       \
-                                const float *start, long stride) {                                                \
-    ROWS_##ROWS(START)                                                                                            \
-    for (long i = 0; i < k; i++, w += PANEL, x += ROWS) {                                                         \
-      __m256 w_low = _mm256_load_ps(w), w_high = _mm256_load_ps(w + 8);                                           \
-      _mm_prefetch((const char *)(w + PREFETCH_FLOATS), _MM_HINT_T0);                                             \
-      ROWS_##ROWS(STEP)                                                                                           \
-    }                                                                                                             \
-    ROWS_##ROWS(STORE)                                                                                            \
-  }
-EACH_BLOCK(DEFINE_PANEL)
+/* ---- k steps of x, packed [k][rows], added to y (or to the bias, or to zero, at the start): one sum in order of k, however
+ * it is cut. Written out row by row because compilers keep an array of accumulators in memory ---- */
 
-static void linear_item(void *arg, long item) {
-  const linear_job *job = arg;
-  long first = item * job->panels_per_item, last = first + job->panels_per_item;
-  if (last > job->n / PANEL) last = job->n / PANEL;
-  for (long p = first; p < last; p++) {
-    const float *bias = job->bias ? job->bias + p * PANEL : NULL;
-    long n = job->n, k_block = job->m <= 6 ? job->k : K_BLOCK;
-    for (long k = 0; k < job->k; k += k_block) {
-      const float *w = job->panels + (p * job->k + k) * PANEL;
-      long steps = job->k - k < k_block ? job->k - k : k_block;
-      for (long row = 0, rows; row < job->m; row += rows) {
-        rows = next_rows(job->m - row);
-        const float *x = job->x + row * job->k + k * rows;
-        float *y = job->y + row * n + p * PANEL;
-        const float *start = k ? y : bias;
-        long stride = k ? n : 0;
-        switch (rows) {
-          case 1: panel_1(x, w, steps, y, n, start, stride); break;
-          case 2: panel_2(x, w, steps, y, n, start, stride); break;
-          case 3: panel_3(x, w, steps, y, n, start, stride); break;
-          case 4: panel_4(x, w, steps, y, n, start, stride); break;
-          case 5: panel_5(x, w, steps, y, n, start, stride); break;
-          default: panel_6(x, w, steps, y, n, start, stride);
-        }
-      }
+typedef struct {
+  const float *from; /* where the sums start: y itself, the bias, or NULL for zero */
+  long stride;       /* of `from`, per row */
+  float *y;
+  long n;
+} sums_at;
+
+#define ROWS_1(DO) DO(0)
+#define ROWS_2(DO) ROWS_1(DO) DO(1)
+#define ROWS_3(DO) ROWS_2(DO) DO(2)
+#define ROWS_4(DO) ROWS_3(DO) DO(3)
+#define ROWS_5(DO) ROWS_4(DO) DO(4)
+#define ROWS_6(DO) ROWS_5(DO) DO(5)
+#define ROWS_7(DO) ROWS_6(DO) DO(6)
+#define ROWS_8(DO) ROWS_7(DO) DO(7)
+#define ROWS_9(DO) ROWS_8(DO) DO(8)
+#define ROWS_10(DO) ROWS_9(DO) DO(9)
+#define ROWS_11(DO) ROWS_10(DO) DO(10)
+#define ROWS_12(DO) ROWS_11(DO) DO(11)
+
+#define LOAD(r, offset) (at.from ? _mm256_loadu_ps(at.from + (r) * at.stride + (offset)) : _mm256_setzero_ps())
+#define START_LOW(r) __m256 low##r = LOAD(r, 0);
+#define START_BOTH(r) __m256 low##r = LOAD(r, 0), high##r = LOAD(r, WIDTH);
+#define STEP_LOW(r) low##r = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r), w_low, low##r);
+#define STEP_BOTH(r)                                     \
+  {                                                      \
+    __m256 value = _mm256_broadcast_ss(x + r);           \
+    low##r = _mm256_fmadd_ps(value, w_low, low##r);      \
+    high##r = _mm256_fmadd_ps(value, w_high, high##r);   \
+  }
+#define STORE_LOW(r) _mm256_storeu_ps(at.y + r * at.n, low##r);
+#define STORE_BOTH(r) STORE_LOW(r) _mm256_storeu_ps(at.y + r * at.n + WIDTH, high##r);
+
+/* `ahead` of each panel is fetched meanwhile, `pace` bytes a step */
+#define DEFINE_PAIR(ROWS)                                                                                              \
+  AVX2 static void pair_##ROWS(const float *restrict x, const float *restrict low, const float *restrict high,         \
+                               long steps, sums_at at, const char *ahead_low, const char *ahead_high, long pace) {     \
+    ROWS_##ROWS(START_BOTH)                                                                                            \
+    for (long i = 0; i < steps; i++, low += WIDTH, high += WIDTH, x += ROWS) {                                         \
+      __m256 w_low = _mm256_load_ps(low), w_high = _mm256_load_ps(high);                                               \
+      _mm_prefetch(ahead_low, _MM_HINT_T0);                                                                            \
+      _mm_prefetch(ahead_high, _MM_HINT_T0);                                                                           \
+      ahead_low += pace, ahead_high += pace;                                                                           \
+      ROWS_##ROWS(STEP_BOTH)                                                                                           \
+    }                                                                                                                  \
+    ROWS_##ROWS(STORE_BOTH)                                                                                            \
+  }
+#define DEFINE_SINGLE(ROWS)                                                                                    \
+  AVX2 static void single_##ROWS(const float *restrict x, const float *restrict w, long steps, sums_at at) {   \
+    ROWS_##ROWS(START_LOW)                                                                                     \
+    for (long i = 0; i < steps; i++, w += WIDTH, x += ROWS) {                                                  \
+      __m256 w_low = _mm256_load_ps(w);                                                                        \
+      _mm_prefetch((const char *)w + AHEAD_SINGLE, _MM_HINT_T0);                                               \
+      ROWS_##ROWS(STEP_LOW)                                                                                    \
+    }                                                                                                          \
+    ROWS_##ROWS(STORE_LOW)                                                                                     \
+  }
+DEFINE_PAIR(1) DEFINE_PAIR(2) DEFINE_PAIR(3) DEFINE_PAIR(4) DEFINE_PAIR(5) DEFINE_PAIR(6)
+DEFINE_SINGLE(7) DEFINE_SINGLE(8) DEFINE_SINGLE(9) DEFINE_SINGLE(10) DEFINE_SINGLE(11) DEFINE_SINGLE(12)
+
+/* One row over four panels: as many streams are read a tenth faster than two. */
+AVX2 static void quad_1(const float *restrict x, const float *restrict w, long k, sums_at at) {
+  const float *w1 = w + k * WIDTH, *w2 = w1 + k * WIDTH, *w3 = w2 + k * WIDTH;
+  __m256 sum0 = LOAD(0, 0), sum1 = LOAD(0, WIDTH), sum2 = LOAD(0, 2 * WIDTH), sum3 = LOAD(0, 3 * WIDTH);
+  for (long i = 0; i < k; i++, w += WIDTH, w1 += WIDTH, w2 += WIDTH, w3 += WIDTH) {
+    __m256 value = _mm256_broadcast_ss(x + i);
+    _mm_prefetch((const char *)w + AHEAD_QUAD, _MM_HINT_T0);
+    _mm_prefetch((const char *)w1 + AHEAD_QUAD, _MM_HINT_T0);
+    _mm_prefetch((const char *)w2 + AHEAD_QUAD, _MM_HINT_T0);
+    _mm_prefetch((const char *)w3 + AHEAD_QUAD, _MM_HINT_T0);
+    sum0 = _mm256_fmadd_ps(value, _mm256_load_ps(w), sum0);
+    sum1 = _mm256_fmadd_ps(value, _mm256_load_ps(w1), sum1);
+    sum2 = _mm256_fmadd_ps(value, _mm256_load_ps(w2), sum2);
+    sum3 = _mm256_fmadd_ps(value, _mm256_load_ps(w3), sum3);
+  }
+  _mm256_storeu_ps(at.y, sum0);
+  _mm256_storeu_ps(at.y + WIDTH, sum1);
+  _mm256_storeu_ps(at.y + 2 * WIDTH, sum2);
+  _mm256_storeu_ps(at.y + 3 * WIDTH, sum3);
+}
+
+/* ---- blocks of rows and of k ---- */
+
+/* Most rows of m in a block: one panel's sums of 12 rows fit the registers, or two panels' of 6. */
+static inline long most_rows(const linear_layer *layer, long m) {
+  return layer->kind == LINEAR_FP32 && m <= ONE_PASS ? ONE_PASS : PAIR_ROWS;
+}
+
+/* Rows to take next when `left` remain: as few and as even blocks as possible. */
+static inline long next_rows(long most, long left) {
+  long blocks = (left + most - 1) / most;
+  return (left + blocks - 1) / blocks;
+}
+
+/* x [m][k] with each block of rows transposed to [k][rows], in a buffer that only grows. NULL: memory ran out. */
+static const float *pack_rows(const float *x, long m, long k, long most) {
+  static float *buffer;
+  static long capacity;
+  if (m == 1) return x;
+  if (capacity < m * k) {
+    free(buffer);
+    buffer = malloc(m * k * sizeof(float));
+    capacity = buffer ? m * k : 0;
+    if (!buffer) return NULL;
+  }
+  for (long row = 0, rows; row < m; row += rows) {
+    rows = next_rows(most, m - row);
+    float *out = buffer + row * k;
+    for (long r = 0; r < rows; r++)
+      for (long i = 0; i < k; i++) out[i * rows + r] = x[(row + r) * k + i];
+  }
+  return buffer;
+}
+
+/* A block of rows times `steps` of two panels. */
+static void rows_block(long rows, const float *x, const float *low, const float *high, long steps, sums_at at,
+                       const char *ahead_low, const char *ahead_high, long pace) {
+  sums_at second = {at.from ? at.from + WIDTH : NULL, at.stride, at.y + WIDTH, at.n};
+  switch (rows) {
+#define PAIR(ROWS) \
+  case ROWS: pair_##ROWS(x, low, high, steps, at, ahead_low, ahead_high, pace); break;
+#define SINGLE(ROWS) \
+  case ROWS: single_##ROWS(x, low, steps, at); single_##ROWS(x, high, steps, second); break;
+    PAIR(1) PAIR(2) PAIR(3) PAIR(4) PAIR(5) PAIR(6)
+    SINGLE(7) SINGLE(8) SINGLE(9) SINGLE(10) SINGLE(11) SINGLE(12)
+  }
+}
+
+/* Two neighbouring panels, from output 16 * pair on, for all rows. */
+static void one_pair(const linear_job *job, long pair) {
+  const linear_layer *layer = job->layer;
+  long k = layer->k, n = layer->n, m = job->m, panel = 2 * pair, most = most_rows(layer, m);
+  int is_wide = layer->kind == LINEAR_FP32, in_one_pass = is_wide && m <= most;
+  const float *bias = layer->bias ? layer->bias + panel * WIDTH : NULL;
+  float widened[2][K_BLOCK * WIDTH] __attribute__((aligned(64)));
+  long block = in_one_pass ? k : K_BLOCK;
+  for (long first = 0; first < k; first += block) {
+    long steps = k - first < block ? k - first : block;
+    /* fetch a little ahead, or the next block in as many shares as there are passes; widening fetches for itself */
+    long pace = in_one_pass ? STEP_BYTES : is_wide ? STEP_BYTES / ((m + most - 1) / most) : 0;
+    long ahead = in_one_pass ? AHEAD_PAIR : is_wide ? steps * STEP_BYTES : 0;
+    const float *low = widened[0], *high = widened[1];
+    if (is_wide) {
+      low = (const float *)layer->panels + (panel * k + first) * WIDTH, high = low + k * WIDTH;
+    } else {
+      widen_panel(layer, panel, first, steps, widened[0]);
+      widen_panel(layer, panel + 1, first, steps, widened[1]);
+    }
+    for (long row = 0, rows; row < m; row += rows, ahead += pace * steps) {
+      rows = next_rows(most, m - row);
+      float *y = job->y + row * n + panel * WIDTH;
+      sums_at at = {first ? y : bias, first ? n : 0, y, n};
+      rows_block(rows, job->x + row * k + first * rows, low, high, steps, at, (const char *)low + ahead,
+                 (const char *)high + ahead, pace);
     }
   }
 }
 
-static int run_fp32(const linear_layer *layer, const float *x, float *y, long m) {
-  const float *packed = pack_rows(x, m, layer->k);
-  if (!packed) return -1;
-  long num_panels = layer->n / PANEL, items = 4 * pool_size();
-  linear_job job = {packed, layer->panels, layer->bias, y, m, layer->k, layer->n, (num_panels + items - 1) / items};
-  pool_run(linear_item, &job, (num_panels + job.panels_per_item - 1) / job.panels_per_item);
-  return 0;
+static void linear_item(void *arg, long item) {
+  const linear_job *job = arg;
+  const linear_layer *layer = job->layer;
+  long pair = item * job->pairs_per_item, end = pair + job->pairs_per_item;
+  if (end > layer->n / (2 * WIDTH)) end = layer->n / (2 * WIDTH);
+  if (layer->kind != LINEAR_FP32 && job->m <= rows_in_registers(layer)) {
+    few_rows(layer, job->x, job->m, 2 * pair, 2 * (end - pair), job->y);
+    return;
+  }
+  if (layer->kind == LINEAR_INT8) { /* its panels stay in the first-level cache as they are */
+    for (; pair < end; pair++)
+      for (long row = 0, rows; row < job->m; row += rows) {
+        rows = next_rows(PAIR_ROWS, job->m - row);
+        few_rows(layer, job->x + row * layer->k, rows, 2 * pair, 2, job->y + row * layer->n);
+      }
+    return;
+  }
+  for (; job->m == 1 && pair + 1 < end; pair += 2) {
+    long output = 2 * WIDTH * pair;
+    sums_at at = {layer->bias ? layer->bias + output : NULL, 0, job->y + output, layer->n};
+    quad_1(job->x, (const float *)layer->panels + output * layer->k, layer->k, at);
+  }
+  for (; pair < end; pair++) one_pair(job, pair);
 }
 
 int linear_run(const linear_layer *layer, const float *x, float *y, long m) {
-  switch (layer->kind) {
-    case LINEAR_FP32: return run_fp32(layer, x, y, m);
-    case LINEAR_INT8: return linear_run_int8(layer, x, y, m);
-    default: abort();
-  }
+  const float *packed = pack_rows(x, m, layer->k, most_rows(layer, m));
+  if (!packed) return -1;
+  long pairs = layer->n / (2 * WIDTH), items = 4 * pool_threads();
+  long each = (pairs + items - 1) / items;
+  each += each % 2; /* one row takes two pairs at a time */
+  linear_job job = {layer, packed, y, m, each};
+  pool_run(linear_item, &job, (pairs + each - 1) / each);
+  return 0;
 }
 
-static int run_alone(linear_layer layer, const float *x, float *y, long m) {
+/* As linear_run, for callers outside the pool. */
+int redraft_linear(const linear_layer *layer, const float *x, float *y, long m) {
   pool_enter();
-  int status = linear_run(&layer, x, y, m);
+  int status = linear_run(layer, x, y, m);
   pool_leave();
   return status;
 }
 
-/* n must be a multiple of 16, panels 32-byte aligned; bias may be NULL. Returns 0, or -1 if memory ran out. */
-int redraft_linear(const float *x, const float *panels, const float *bias, float *y, long m, long k, long n) {
-  return run_alone((linear_layer){LINEAR_FP32, panels, NULL, bias, k, n}, x, y, m);
-}
-
-int redraft_linear_int8(const float *x, const int8_t *panels, const float *scale, const float *bias, float *y, long m,
-                        long k, long n) {
-  return run_alone((linear_layer){LINEAR_INT8, panels, scale, bias, k, n}, x, y, m);
+int redraft_supported(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }

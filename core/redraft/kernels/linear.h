@@ -1,10 +1,12 @@
-/* Linear layers, of whatever kind of weights, as other files call them. */
+/* Linear layers over packed weights, for the kernels' other files; the layouts are in linear.c. */
 #ifndef REDRAFT_LINEAR_H
 #define REDRAFT_LINEAR_H
 
 #include "pool.h"
 
-enum { LINEAR_FP32 = 0, LINEAR_INT8 = 1, LINEAR_INT4 = 2 };
+/* INT8: one scale per output. INT4 and INT8_GROUPS: a scale (INT4: and a minimum) per output and 32 inputs. */
+enum { LINEAR_FP32 = 0, LINEAR_INT8 = 1, LINEAR_INT4 = 2, LINEAR_INT8_GROUPS = 3 };
+
 typedef struct {
   long kind;            /* LINEAR_* */
   const void *panels;   /* packed weights, see linear.c */
@@ -12,10 +14,8 @@ typedef struct {
   const float *bias;    /* per output or NULL; n entries */
   long k, n;            /* inputs; outputs, a multiple of 16 */
 } linear_layer;
+
 /* y[m, n] = x[m, k] w^T (+ bias); the caller has entered the pool. 0, or -1: memory ran out. */
 INTERNAL int linear_run(const linear_layer *layer, const float *x, float *y, long m);
-
-/* What linear_run calls for each kind. */
-INTERNAL int linear_run_int8(const linear_layer *layer, const float *x, float *y, long m);
 
 #endif

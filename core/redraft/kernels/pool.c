@@ -80,7 +80,7 @@ int pool_enter(void) {
   return pool.num_threads;
 }
 
-int pool_size(void) { return pool.num_threads; }
+int pool_threads(void) { return pool.num_threads; }
 
 void pool_leave(void) { pthread_mutex_unlock(&pool.caller); }
 
@@ -105,24 +105,4 @@ void pool_run(item_fn function, void *arg, long num_items) {
   take_items();
   for (int spins = 0; atomic_load_explicit(&pool.done, memory_order_acquire) < num_items;)
     if (++spins < SPINS_BEFORE_YIELD) _mm_pause(); else sched_yield();
-}
-
-/* Transpose each block of rows to [k][rows], into a buffer that only grows; the caller has entered the pool. */
-const float *pack_rows(const float *x, long m, long k) {
-  static float *buffer;
-  static long capacity;
-  if (m == 1) return x;
-  if (capacity < m * k) {
-    free(buffer);
-    buffer = malloc(m * k * sizeof(float));
-    capacity = buffer ? m * k : 0;
-    if (!buffer) return NULL;
-  }
-  for (long row = 0, rows; row < m; row += rows) {
-    rows = next_rows(m - row);
-    float *out = buffer + row * k;
-    for (long r = 0; r < rows; r++)
-      for (long i = 0; i < k; i++) out[i * rows + r] = x[(row + r) * k + i];
-  }
-  return buffer;
 }

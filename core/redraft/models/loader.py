@@ -20,6 +20,7 @@ from redraft.models.cache import Progress, sha256_file, stderr_progress
 from redraft.models.checkpoint_files import weight_files
 from redraft.models.parallel import check_shardable, sharding_options
 from redraft.models.ref import ModelRef
+from redraft.models.rounding import WeightFormat, rounded_fingerprint, to_groups
 from redraft.models.source import CheckpointSource, resolve_source
 
 # Layers whose state is keys and values per position; a recurrent layer's state cannot be rolled back.
@@ -65,6 +66,7 @@ def load_model(
     attn_implementation: str | None = None,
     cache_dir: Path | None = None,
     num_shards: int = 1,
+    weights: WeightFormat = WeightFormat.FULL,
     progress: Progress = stderr_progress,
 ) -> LoadedModel:
     """Fetch (once) and load the model that `ref` names.
@@ -73,6 +75,8 @@ def load_model(
     registered with its `AttentionInterface` (None: transformers' choice). A head tied to the embedding stays
     one tensor with it. `cache_dir` holds converted models (None: the user's cache). With `num_shards` above 1 the
     result is this process's shard, on the device of its rank instead of `device` (see `parallel_group.join_group`).
+    `weights` other than full (float32 on a CPU only) rounds the linears unless they lie on such a grid (`rounding`);
+    the model then has another fingerprint.
 
     Raises `ModelNotFound`, `UnsafeCheckpoint` (pickled weights only), `ChecksumMismatch`, `UnsupportedModel`
     (not decoder-only, needs its own code, or an attention that transformers lacks), or `ModelError` for
@@ -88,12 +92,15 @@ def load_model(
     if num_shards == 1:
         torch.nn.Module.to(model, device=torch.device(device))  # transformers' own `to` is wrapped, and untyped
     torch.nn.Module.eval(model).requires_grad_(False)
+    fingerprint = weights_fingerprint(source.directory)
+    if weights is not WeightFormat.FULL and not to_groups(model, weights):
+        fingerprint = rounded_fingerprint(fingerprint, weights)
     return LoadedModel(
         model=model,
         config=model.config,
         name=source.name,
         revision=source.revision,
-        weights_fingerprint=weights_fingerprint(source.directory),
+        weights_fingerprint=fingerprint,
         dtype=model.dtype,
         device=model.device,
         directory=source.directory,

@@ -9,67 +9,71 @@ are beside it; elsewhere oneDNN does, through torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from redraft.kernels.decoder import LinearKind, LinearLayer
-from redraft.kernels.library import PANEL, CpuKernels, library
+from redraft.kernels.library import PAIR, CpuKernels, PackedWeight, fill_outputs, library, pack, pack_groups
+from redraft.kernels.memory import aligned_empty
+from redraft.models.groups import Groups, groups_of
 from redraft.models.quantised import layer_linears, quantise
 
 _EXPECTED_ROWS = 8  # oneDNN chooses its layout for about so many; others stay correct
 
 
-class PackedLinear(nn.Module):
-    """A frozen fp32 `nn.Linear` on a CPU, for the native kernels: its weights packed in panels, scales and biases (or
-    None) filled up to whole ones."""
+class KernelLinear(nn.Module):
+    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, on the native kernels. The subclasses choose how it is stored."""
 
-    kind: ClassVar[LinearKind]
-    _packed: Tensor
-    _scale: Tensor | None
-    _bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear, kernels: CpuKernels, weight: Tensor, scale: Tensor | None = None) -> None:
+    def __init__(self, weight: PackedWeight, kernels: CpuKernels) -> None:
         super().__init__()
         self._kernels = kernels
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        bias: Tensor | None = linear.bias
-        self.register_buffer("_packed", kernels.pack(weight), persistent=False)
-        self.register_buffer("_scale", None if scale is None else _filled(scale), persistent=False)
-        self.register_buffer("_bias", None if bias is None else _filled(bias.detach()), persistent=False)
+        self.out_features = weight.out_features
+        self.hold(weight)
 
-
-class NativeLinear(PackedLinear):
-    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, on the native kernels."""
-
-    kind = LinearKind.FP32
-
-    def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
-        super().__init__(linear, kernels, linear.weight.detach())
+    def hold(self, weight: PackedWeight) -> None:
+        """Take `weight`, the same numbers in another place, for its own."""
+        self.weight_packed = weight
+        # as buffers too, so that whoever adds up a module's memory finds them
+        self.register_buffer("_panels", weight.panels, persistent=False)
+        self.register_buffer("_scale", weight.scale, persistent=False)
+        self.register_buffer("_bias", weight.bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in_features] float32 -> [.., out_features] float32."""
-        return self._kernels.linear(x, self._packed, self._bias, self.out_features)
+        return self._kernels.linear(x, self.weight_packed)
 
 
-class Int8Linear(PackedLinear):
-    """Drop-in for a frozen fp32 `nn.Linear` on a CPU, its weight rounded to int8 with one scale per output."""
-
-    kind = LinearKind.INT8
+class NativeLinear(KernelLinear):
+    """The weight as it is."""
 
     def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
-        super().__init__(linear, kernels, *quantise(linear.weight))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., in_features] float32 -> [.., out_features] float32."""
-        assert self._scale is not None
-        return self._kernels.linear_int8(x, self._packed, self._scale, self._bias, self.out_features)
+        panels, bias = pack(linear.weight.detach()), fill_outputs(linear.bias)
+        super().__init__(
+            PackedWeight(LinearKind.FP32, panels, linear.in_features, linear.out_features, bias=bias), kernels
+        )
 
 
-def _filled(per_output: Tensor) -> Tensor:
-    return nn.functional.pad(per_output, (0, -len(per_output) % PANEL)).contiguous()
+class Int8Linear(KernelLinear):
+    """The weight rounded to int8 with one scale per output."""
+
+    def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
+        values, scale = quantise(linear.weight)
+        panels, scales, bias = pack(values), fill_outputs(scale), fill_outputs(linear.bias)
+        super().__init__(
+            PackedWeight(LinearKind.INT8, panels, linear.in_features, linear.out_features, scales, bias), kernels
+        )
+
+
+class GroupLinear(KernelLinear):
+    """The weight in groups of 4 or 8 bits; computes bitwise what `NativeLinear` does with their numbers."""
+
+    def __init__(self, linear: nn.Linear, groups: Groups, kernels: CpuKernels) -> None:
+        kind = LinearKind.INT4 if groups.bits == 4 else LinearKind.INT8_GROUPS
+        panels = pack_groups(groups.values, groups.scale, groups.minimum if groups.bits == 4 else None)
+        bias = fill_outputs(linear.bias)
+        super().__init__(PackedWeight(kind, panels, linear.in_features, linear.out_features, bias=bias), kernels)
 
 
 class OneDnnLinear(nn.Module):
@@ -131,34 +135,33 @@ def fuse(linears: Sequence[nn.Module]) -> LinearLayer | None:
     Their weights move to lie behind one another, unless they do already, and the modules keep views of them: nothing is
     held twice, and the modules must live as long as the layer. None if they are not packed, or not alike.
     """
-    packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
-    first = packed[0] if len(packed) == len(linears) else None
-    if first is None or not all(_is_like(linear, first) for linear in packed):
+    packed = [linear for linear in linears if isinstance(linear, KernelLinear)]
+    weights = [linear.weight_packed for linear in packed]
+    if not packed or len(packed) < len(linears) or len({_likeness(weight) for weight in weights}) > 1:
         return None
-    if any(linear.out_features % PANEL for linear in packed[:-1]):  # a gap would be in the way
+    if any(weight.out_features % PAIR for weight in weights[:-1]):  # a gap would be in the way
         return None
-    addresses = [_join(packed, name) for name in ("_packed", "_scale", "_bias")]
-    num_panels = sum(len(linear._packed) for linear in packed)
-    return LinearLayer(first.kind, *addresses, first.in_features, num_panels * PANEL)
+    for name in ("panels", "scale", "bias"):
+        joined = _joined([getattr(weight, name) for weight in weights])
+        weights = [replace(weight, **{name: part}) for weight, part in zip(weights, joined, strict=True)]
+    for linear, weight in zip(packed, weights, strict=True):
+        linear.hold(weight)
+    layer = weights[0].layer()
+    layer.n = sum(weight.layer().n for weight in weights)
+    return layer
 
 
-def _is_like(a: PackedLinear, b: PackedLinear) -> bool:
-    return type(a) is type(b) and a.in_features == b.in_features and (a._bias is None) is (b._bias is None)
+def _likeness(weight: PackedWeight) -> tuple[LinearKind, int, bool]:
+    return weight.kind, weight.in_features, weight.bias is None
 
 
-def _join(linears: Sequence[PackedLinear], name: str) -> int | None:
-    """Where the buffers `name` of the linears, moved behind one another, begin; None if they have none."""
-    parts: list[Tensor | None] = [getattr(linear, name) for linear in linears]
+def _joined(parts: list[Tensor | None]) -> list[Tensor | None]:
+    """The parts, each beginning where the one before ends; themselves if they do, or are None."""
     present = [part for part in parts if part is not None]
-    if not present:
-        return None
-    ends = [part.data_ptr() + part.nbytes for part in present[:-1]]
-    if ends != [part.data_ptr() for part in present[1:]]:
-        views = torch.split(torch.cat(present), [len(part) for part in present])
-        for linear, view in zip(linears, views, strict=True):
-            setattr(linear, name, view)
-        present = list(views)
-    return present[0].data_ptr()
+    if [part.data_ptr() + part.nbytes for part in present[:-1]] == [part.data_ptr() for part in present[1:]]:
+        return parts
+    whole = aligned_empty(present[0].dtype, sum(len(part) for part in present), *present[0].shape[1:])
+    return list(torch.split(torch.cat(present, out=whole), [len(part) for part in present]))
 
 
 def _is_fp32_on_cpu(linear: nn.Linear) -> bool:
@@ -169,6 +172,12 @@ def _packed_once(linear: nn.Linear, kernels: CpuKernels | None) -> nn.Module:
     """The packed form, remembered by the linear itself for as long as another model still has it unpacked."""
     known = linear.__dict__.get("_redraft_packed")
     if not isinstance(known, nn.Module):
-        known = OneDnnLinear(linear) if kernels is None else NativeLinear(linear, kernels)
+        groups = groups_of(linear)
+        if kernels is None:
+            known = OneDnnLinear(linear)
+        elif groups is None:
+            known = NativeLinear(linear, kernels)
+        else:
+            known = GroupLinear(linear, groups, kernels)
         linear.__dict__["_redraft_packed"] = known
     return known

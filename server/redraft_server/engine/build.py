@@ -15,6 +15,7 @@ from redraft.models.loader import LoadedModel, load_model
 from redraft.models.parallel import local_tensor
 from redraft.models.parallel_group import LeadingRunner
 from redraft.models.ref import ModelRef
+from redraft.models.rounding import WeightFormat
 from redraft.models.tokenizer import Tokenizer, load_tokenizer
 from redraft.speculation.cost import StepCost, measure_cost
 from redraft.speculation.fallback import FallbackProposer
@@ -118,12 +119,16 @@ def build_engine(
 
 
 def _load(ref: ModelRef, config: ServerConfig, device: torch.device) -> LoadedModel:
+    weights = WeightFormat(config.model.weights)
+    if weights is not WeightFormat.FULL and device.type != "cpu":
+        raise ConfigError(f"model.weights is {weights}, which is for a CPU: set model.device to cpu")
     return load_model(
         ref,
         dtype=model_dtype(config.model, device),
         device=device,
         cache_dir=config.model.cache_dir,
         num_shards=config.model.tensor_parallel,
+        weights=weights,
     )
 
 
@@ -174,9 +179,14 @@ def _info(
         kv_num_blocks=pool.num_blocks,
         kv_bytes=sum(kv_bytes_per_token(m.config.get_text_config(), m.dtype) for m in models) * capacity,
         weight_bytes=_num_bytes(models),
-        dtype=str(target.dtype).removeprefix("torch."),
+        dtype=_number_format(config, target),
         device=str(target.device),
     )
+
+
+def _number_format(config: ServerConfig, target: LoadedModel) -> str:
+    """Of the target's weights."""
+    return str(target.dtype).removeprefix("torch.") if config.model.weights == "full" else config.model.weights
 
 
 def _num_bytes(models: Sequence[PreTrainedModel]) -> int:

@@ -1,4 +1,4 @@
-"""The native kernels against torch, and the property they exist for: a row does not depend on its company."""
+"""Native attention against a naive reference, and whole models on the native kernels against transformers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from redraft.kernels.library import PANEL, CpuKernels, attention_items, library
+from redraft.kernels.library import CpuKernels, attention_items, library
 from redraft.models import attention as attention_module
 from redraft.models import packed as packed_module
-from redraft.models.packed import Int8Linear, NativeLinear, OneDnnLinear, pack_linears
-from redraft.models.quantised import dequantise, quantise
+from redraft.models.packed import NativeLinear, OneDnnLinear, pack_linears
 from redraft.models.runner import Chunk, ModelRunner
 from tests.fakes import ARCHITECTURES, tiny_model
 
@@ -29,36 +28,6 @@ def kernels() -> CpuKernels:
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 40])
-@pytest.mark.parametrize(("k", "n"), [(8, 16), (64, 48), (33, 50), (576, 1), (7, 130)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear_equals_torch(kernels: CpuKernels, rows: int, k: int, n: int, bias: bool) -> None:
-    layer = nn.Linear(k, n, bias=bias).requires_grad_(False)
-    layer.weight.copy_(random(n, k))
-    if bias:
-        layer.bias.copy_(random(n, seed=1))
-    x = random(2, rows, k, seed=2)
-    ours = NativeLinear(layer, kernels)(x)
-    torch.testing.assert_close(ours, layer(x), rtol=1e-5, atol=1e-4)
-    assert ours.shape == (2, rows, n)
-
-
-def test_linear_row_is_bitwise_the_same_in_any_company(kernels: CpuKernels) -> None:
-    packed = kernels.pack(random(96, 80))
-    x = random(30, 80, seed=3)
-    alone = torch.cat([kernels.linear(x[i : i + 1], packed, None, 96) for i in range(30)])
-    for rows in (2, 3, 4, 5, 6, 7, 8, 10, 17, 30):
-        together = torch.cat([kernels.linear(part, packed, None, 96) for part in x.split(rows)])
-        assert torch.equal(alone, together), f"{rows} rows at once"
-
-
-def test_pack_is_aligned_and_fills_the_last_panel_with_zeros(kernels: CpuKernels) -> None:
-    packed = kernels.pack(random(20, 3))
-    assert packed.shape == (2, 3, PANEL)
-    assert packed.data_ptr() % 64 == 0
-    assert not packed[1, :, 4:].any()
 
 
 def attention_reference(
@@ -152,41 +121,3 @@ def test_pack_linears_leaves_other_dtypes_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 4))
     assert pack_linears(model) == 1
     assert type(model[0]) is nn.Linear
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 40])
-@pytest.mark.parametrize(("k", "n"), [(8, 16), (64, 48), (33, 50), (576, 1), (7, 130), (300, 1000)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_int8_linear_equals_torch_on_the_rounded_weight(
-    kernels: CpuKernels, rows: int, k: int, n: int, bias: bool
-) -> None:
-    layer = nn.Linear(k, n, bias=bias).requires_grad_(False)
-    layer.weight.copy_(random(n, k))
-    layer.weight[0] = 0  # a row without a scale
-    if bias:
-        layer.bias.copy_(random(n, seed=1))
-    x = random(2, rows, k, seed=2)
-    ours = Int8Linear(layer, kernels)(x)
-    layer.weight.copy_(dequantise(*quantise(layer.weight)))
-    torch.testing.assert_close(ours, layer(x), rtol=1e-5, atol=1e-4)
-    assert ours.shape == (2, rows, n)
-
-
-def test_int8_row_is_bitwise_the_same_in_any_company(kernels: CpuKernels) -> None:
-    values, scale = quantise(random(112, 600))  # longer than a block of k, and an odd number of panels
-    packed = kernels.pack(values)
-    x, bias = random(30, 600, seed=3), random(112, seed=4)
-    alone = torch.cat([kernels.linear_int8(x[i : i + 1], packed, scale, bias, 112) for i in range(30)])
-    for rows in (2, 3, 4, 5, 6, 7, 8, 10, 17, 30):
-        together = torch.cat([kernels.linear_int8(part, packed, scale, bias, 112) for part in x.split(rows)])
-        assert torch.equal(alone, together), f"{rows} rows at once"
-
-
-def test_int8_pack_is_aligned_and_fills_the_last_panel_with_zeros(kernels: CpuKernels) -> None:
-    values = torch.arange(1, 61, dtype=torch.int8).view(20, 3)
-    packed = kernels.pack(values)
-    assert packed.dtype is torch.int8
-    assert packed.data_ptr() % 64 == 0
-    assert packed[0, 1].tolist() == values[:16, 1].tolist()
-    assert packed[1, :, :4].t().tolist() == values[16:].tolist()
-    assert not packed[1, :, 4:].any()

@@ -25,7 +25,7 @@ from redraft.kernels.library import library
 from redraft.models import native_decoder as module
 from redraft.models.heads import output_head
 from redraft.models.native_decoder import NativeDecoder
-from redraft.models.packed import NativeLinear, PackedLinear, pack_linears_int8
+from redraft.models.packed import NativeLinear, KernelLinear, pack_linears_int8
 from redraft.models.quantised import dequantise, layer_linears, quantise
 from redraft.models.runner import Chunk, ModelRunner
 
@@ -195,12 +195,14 @@ def test_weights_are_held_once_and_the_module_still_works_on_them(int8: bool) ->
     if int8:
         pack_linears_int8(model, head=output_head(model))
     runner = runner_of(model)
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    packed = [m for m in model.modules() if isinstance(m, KernelLinear)]
     assert len(packed) == 3 * 7 + 1
-    storages = {m._packed.untyped_storage().data_ptr(): m._packed.untyped_storage().nbytes() for m in packed}
-    assert len(storages) == 3 * 4 + 1
-    slack = 64 * 4 * len(storages)  # numbers left free for alignment
-    assert sum(storages.values()) <= sum(m._packed.nbytes for m in packed) + slack
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        attention, mlp = layer.self_attn, layer.mlp  # type: ignore[union-attr]
+        for row in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+            panels = [linear._panels for linear in row]
+            assert [p.data_ptr() + p.nbytes for p in panels[:-1]] == [p.data_ptr() for p in panels[1:]]
+            assert all(linear.weight_packed.panels is linear._panels for linear in row)
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
     chunks = [Chunk(IDS, 0, TABLE, len(IDS))]
     torch.testing.assert_close(runner.forward(chunks), runner._transformers_forward(chunks), rtol=1e-4, atol=1e-4)
@@ -209,9 +211,9 @@ def test_weights_are_held_once_and_the_module_still_works_on_them(int8: bool) ->
 def test_a_second_runner_of_a_model_shares_its_weights_with_the_first() -> None:
     model = built(COVERED["llama"])
     first = runner_of(model)
-    places = [m._packed.data_ptr() for m in model.modules() if isinstance(m, NativeLinear)]
+    places = [m._panels.data_ptr() for m in model.modules() if isinstance(m, NativeLinear)]
     second = runner_of(model)
-    assert [m._packed.data_ptr() for m in model.modules() if isinstance(m, NativeLinear)] == places
+    assert [m._panels.data_ptr() for m in model.modules() if isinstance(m, NativeLinear)] == places
     chunks = [Chunk(IDS, 0, TABLE, 4)]
     assert torch.equal(first.forward(chunks), second.forward(chunks))
 

@@ -64,6 +64,10 @@ def test_null_unsets(tmp_path: Path) -> None:
         (["--grpc.port"], {}, ["--grpc.port", "expected one argument"]),
         (["--grpc.port", "99999"], {}, ["grpc.port", "65535", "'99999'", "--grpc.port"]),
         (["--model.dtype", "int3"], {}, ["model.dtype", "bfloat16"]),
+        (["--model.weights", "int3"], {}, ["model.weights", "int4"]),
+        (["--model.weights", "int4", "--model.dtype", "bfloat16"], {}, ["model.weights", "model.dtype"]),
+        (["--model.weights", "int8", "--model.device", "cuda"], {}, ["model.weights", "model.device"]),
+        (["--model.weights", "int8", "--model.tensor_parallel", "2"], {}, ["model.weights", "one process"]),
         (["--limits.request_timeout_s", "nan"], {}, ["limits.request_timeout_s", "finite"]),
         (
             [],
