@@ -25,7 +25,7 @@ from redraft.kernels.library import library
 from redraft.models import native_decoder as module
 from redraft.models.heads import output_head
 from redraft.models.native_decoder import NativeDecoder
-from redraft.models.packed import NativeLinear, KernelLinear, pack_linears_int8
+from redraft.models.packed import KernelLinear, NativeLinear, pack_linears_int8
 from redraft.models.quantised import dequantise, layer_linears, quantise
 from redraft.models.runner import Chunk, ModelRunner
 
