@@ -7,9 +7,10 @@
  *   INT8_GROUPS  [k / 32] groups of: 8 fp16 scales, [32][8] int8
  * panels 64-byte aligned. Groups stand for fp32 numbers, and give bitwise what the FP32 kernel gives over those.
  *
- * What few rows cost is reading the weights, so they are read once: up to 6 rows by two panels at a time, 7 to 12 by one.
- * More rows take several passes over blocks of k that stay in the first-level cache, and each pass fetches its share of
- * the next block. Quantised weights are widened block by block into that cache or, for a few rows, in registers (widen.c).
+ * What few rows cost is reading the weights, so they are read once: one row takes four panels at a time, up to 6 rows
+ * two, 7 to 12 one. More rows take several passes over blocks of k that stay in the first-level cache, and each pass
+ * fetches its share of the next block. Quantised weights are widened block by block into that cache or, for a few rows,
+ * in registers (widen.c).
  */
 #include "linear.h"
 
@@ -19,7 +20,8 @@
 #include "widen.h"
 
 enum { WIDTH = 8, K_BLOCK = 192, ONE_PASS = 12, PAIR_ROWS = 6, STEP_BYTES = 4 * WIDTH };
-enum { AHEAD_QUAD = 512, AHEAD_PAIR = 1024, AHEAD_SINGLE = 4096 }; /* bytes; tried from 0 to 8192 */
+/* bytes to fetch ahead; tried from 0 to 8192, and as pairs do it, the panels that follow */
+enum { AHEAD_QUAD = 512, AHEAD_SINGLE = 4096 };
 
 typedef struct {
   const linear_layer *layer;
@@ -28,8 +30,8 @@ typedef struct {
   long m, pairs_per_item;
 } linear_job;
 
-/* ---- k steps of x, packed [k][rows], added to y (or to the bias, or to zero, at the start): one sum in order of k, however
- * it is cut. Written out row by row because compilers keep an array of accumulators in memory ---- */
+/* ---- k steps of x, packed [k][rows], added to y (or to the bias, or to zero, at the start): one sum in order of k,
+ * however it is cut. Written out row by row because compilers keep an array of accumulators in memory ---- */
 
 typedef struct {
   const float *from; /* where the sums start: y itself, the bias, or NULL for zero */
@@ -71,8 +73,8 @@ typedef struct {
     ROWS_##ROWS(START_BOTH)                                                                                            \
     for (long i = 0; i < steps; i++, low += WIDTH, high += WIDTH, x += ROWS) {                                         \
       __m256 w_low = _mm256_load_ps(low), w_high = _mm256_load_ps(high);                                               \
-      _mm_prefetch(ahead_low, _MM_HINT_T0);                                                                            \
-      _mm_prefetch(ahead_high, _MM_HINT_T0);                                                                           \
+      _mm_prefetch(ahead_low, _MM_HINT_T1);                                                                            \
+      _mm_prefetch(ahead_high, _MM_HINT_T1);                                                                           \
       ahead_low += pace, ahead_high += pace;                                                                           \
       ROWS_##ROWS(STEP_BOTH)                                                                                           \
     }                                                                                                                  \
@@ -169,9 +171,9 @@ static void one_pair(const linear_job *job, long pair) {
   long block = in_one_pass ? k : K_BLOCK;
   for (long first = 0; first < k; first += block) {
     long steps = k - first < block ? k - first : block;
-    /* fetch a little ahead, or the next block in as many shares as there are passes; widening fetches for itself */
+    /* fetch the next two panels, or the next block in as many shares as there are passes; widening does so itself */
     long pace = in_one_pass ? STEP_BYTES : is_wide ? STEP_BYTES / ((m + most - 1) / most) : 0;
-    long ahead = in_one_pass ? AHEAD_PAIR : is_wide ? steps * STEP_BYTES : 0;
+    long ahead = in_one_pass ? 2 * k * STEP_BYTES : is_wide ? steps * STEP_BYTES : 0;
     const float *low = widened[0], *high = widened[1];
     if (is_wide) {
       low = (const float *)layer->panels + (panel * k + first) * WIDTH, high = low + k * WIDTH;
