@@ -7,9 +7,10 @@
  *   INT8_GROUPS  [k / 32] groups of: 8 fp16 scales, [32][8] int8
  * panels 64-byte aligned. Groups stand for fp32 numbers, and give bitwise what the FP32 kernel gives over those.
  *
- * What few rows cost is reading the weights, so they are read once: up to 6 rows by two panels at a time, 7 to 12 by one.
- * More rows take several passes over blocks of k that stay in the first-level cache, and each pass fetches its share of
- * the next block. Quantised weights are widened block by block into that cache or, for a few rows, in registers (widen.c).
+ * What few rows cost is reading the weights, so they are read once: up to 3 rows take four panels at a time, up to
+ * 6 two, 7 to 12 one. More rows take several passes over blocks of k that stay in the first-level cache, and each pass
+ * fetches its share of the next block. Quantised weights are widened block by block into that cache or, for a few rows,
+ * in registers (widen.c).
  */
 #include "linear.h"
 
@@ -18,8 +19,9 @@
 
 #include "widen.h"
 
-enum { WIDTH = 8, K_BLOCK = 192, ONE_PASS = 12, PAIR_ROWS = 6, STEP_BYTES = 4 * WIDTH };
-enum { AHEAD_QUAD = 512, AHEAD_PAIR = 1024, AHEAD_SINGLE = 4096 }; /* bytes; tried from 0 to 8192 */
+enum { WIDTH = 8, K_BLOCK = 192, ONE_PASS = 12, PAIR_ROWS = 6, QUAD_ROWS = 3, STEP_BYTES = 4 * WIDTH };
+/* bytes to fetch ahead; tried from 0 to 8192, and as pairs do it, the panels that follow */
+enum { AHEAD_QUAD = 512, AHEAD_SINGLE = 4096 };
 
 typedef struct {
   const linear_layer *layer;
@@ -28,8 +30,8 @@ typedef struct {
   long m, pairs_per_item;
 } linear_job;
 
-/* ---- k steps of x, packed [k][rows], added to y (or to the bias, or to zero, at the start): one sum in order of k, however
- * it is cut. Written out row by row because compilers keep an array of accumulators in memory ---- */
+/* ---- k steps of x, packed [k][rows], added to y (or to the bias, or to zero, at the start): one sum in order of k,
+ * however it is cut. Written out row by row because compilers keep an array of accumulators in memory ---- */
 
 typedef struct {
   const float *from; /* where the sums start: y itself, the bias, or NULL for zero */
@@ -71,8 +73,8 @@ typedef struct {
     ROWS_##ROWS(START_BOTH)                                                                                            \
     for (long i = 0; i < steps; i++, low += WIDTH, high += WIDTH, x += ROWS) {                                         \
       __m256 w_low = _mm256_load_ps(low), w_high = _mm256_load_ps(high);                                               \
-      _mm_prefetch(ahead_low, _MM_HINT_T0);                                                                            \
-      _mm_prefetch(ahead_high, _MM_HINT_T0);                                                                           \
+      _mm_prefetch(ahead_low, _MM_HINT_T1);                                                                            \
+      _mm_prefetch(ahead_high, _MM_HINT_T1);                                                                           \
       ahead_low += pace, ahead_high += pace;                                                                           \
       ROWS_##ROWS(STEP_BOTH)                                                                                           \
     }                                                                                                                  \
@@ -91,26 +93,37 @@ typedef struct {
 DEFINE_PAIR(1) DEFINE_PAIR(2) DEFINE_PAIR(3) DEFINE_PAIR(4) DEFINE_PAIR(5) DEFINE_PAIR(6)
 DEFINE_SINGLE(7) DEFINE_SINGLE(8) DEFINE_SINGLE(9) DEFINE_SINGLE(10) DEFINE_SINGLE(11) DEFINE_SINGLE(12)
 
-/* One row over four panels: as many streams are read a tenth faster than two. */
-AVX2 static void quad_1(const float *restrict x, const float *restrict w, long k, sums_at at) {
-  const float *w1 = w + k * WIDTH, *w2 = w1 + k * WIDTH, *w3 = w2 + k * WIDTH;
-  __m256 sum0 = LOAD(0, 0), sum1 = LOAD(0, WIDTH), sum2 = LOAD(0, 2 * WIDTH), sum3 = LOAD(0, 3 * WIDTH);
-  for (long i = 0; i < k; i++, w += WIDTH, w1 += WIDTH, w2 += WIDTH, w3 += WIDTH) {
-    __m256 value = _mm256_broadcast_ss(x + i);
-    _mm_prefetch((const char *)w + AHEAD_QUAD, _MM_HINT_T0);
-    _mm_prefetch((const char *)w1 + AHEAD_QUAD, _MM_HINT_T0);
-    _mm_prefetch((const char *)w2 + AHEAD_QUAD, _MM_HINT_T0);
-    _mm_prefetch((const char *)w3 + AHEAD_QUAD, _MM_HINT_T0);
-    sum0 = _mm256_fmadd_ps(value, _mm256_load_ps(w), sum0);
-    sum1 = _mm256_fmadd_ps(value, _mm256_load_ps(w1), sum1);
-    sum2 = _mm256_fmadd_ps(value, _mm256_load_ps(w2), sum2);
-    sum3 = _mm256_fmadd_ps(value, _mm256_load_ps(w3), sum3);
+/* Up to three rows over four panels: as many streams are read a tenth faster than two. */
+#define QUAD_START(r)                                                                                    \
+  __m256 a##r = LOAD(r, 0), b##r = LOAD(r, WIDTH), c##r = LOAD(r, 2 * WIDTH), d##r = LOAD(r, 3 * WIDTH);
+#define QUAD_STEP(r)                                \
+  {                                                 \
+    __m256 value = _mm256_broadcast_ss(x + r);      \
+    a##r = _mm256_fmadd_ps(value, w_a, a##r);       \
+    b##r = _mm256_fmadd_ps(value, w_b, b##r);       \
+    c##r = _mm256_fmadd_ps(value, w_c, c##r);       \
+    d##r = _mm256_fmadd_ps(value, w_d, d##r);       \
   }
-  _mm256_storeu_ps(at.y, sum0);
-  _mm256_storeu_ps(at.y + WIDTH, sum1);
-  _mm256_storeu_ps(at.y + 2 * WIDTH, sum2);
-  _mm256_storeu_ps(at.y + 3 * WIDTH, sum3);
-}
+#define QUAD_STORE(r)                                      \
+  _mm256_storeu_ps(at.y + r * at.n, a##r);                 \
+  _mm256_storeu_ps(at.y + r * at.n + WIDTH, b##r);         \
+  _mm256_storeu_ps(at.y + r * at.n + 2 * WIDTH, c##r);     \
+  _mm256_storeu_ps(at.y + r * at.n + 3 * WIDTH, d##r);
+#define QUAD_PANEL(p)                                                                   \
+  __m256 w_##p = _mm256_load_ps(p);                                                     \
+  _mm_prefetch((const char *)p + AHEAD_QUAD, _MM_HINT_T0);                              \
+  p += WIDTH;
+#define DEFINE_QUAD(ROWS)                                                                                  \
+  AVX2 static void quad_##ROWS(const float *restrict x, const float *restrict a, long k, sums_at at) {     \
+    const float *b = a + k * WIDTH, *c = b + k * WIDTH, *d = c + k * WIDTH;                                \
+    ROWS_##ROWS(QUAD_START)                                                                                \
+    for (long i = 0; i < k; i++, x += ROWS) {                                                              \
+      QUAD_PANEL(a) QUAD_PANEL(b) QUAD_PANEL(c) QUAD_PANEL(d)                                              \
+      ROWS_##ROWS(QUAD_STEP)                                                                               \
+    }                                                                                                      \
+    ROWS_##ROWS(QUAD_STORE)                                                                                \
+  }
+DEFINE_QUAD(1) DEFINE_QUAD(2) DEFINE_QUAD(3)
 
 /* ---- blocks of rows and of k ---- */
 
@@ -169,9 +182,9 @@ static void one_pair(const linear_job *job, long pair) {
   long block = in_one_pass ? k : K_BLOCK;
   for (long first = 0; first < k; first += block) {
     long steps = k - first < block ? k - first : block;
-    /* fetch a little ahead, or the next block in as many shares as there are passes; widening fetches for itself */
+    /* fetch the next two panels, or the next block in as many shares as there are passes; widening does so itself */
     long pace = in_one_pass ? STEP_BYTES : is_wide ? STEP_BYTES / ((m + most - 1) / most) : 0;
-    long ahead = in_one_pass ? AHEAD_PAIR : is_wide ? steps * STEP_BYTES : 0;
+    long ahead = in_one_pass ? 2 * k * STEP_BYTES : is_wide ? steps * STEP_BYTES : 0;
     const float *low = widened[0], *high = widened[1];
     if (is_wide) {
       low = (const float *)layer->panels + (panel * k + first) * WIDTH, high = low + k * WIDTH;
@@ -206,10 +219,13 @@ static void linear_item(void *arg, long item) {
       }
     return;
   }
-  for (; job->m == 1 && pair + 1 < end; pair += 2) {
+  for (; job->m <= QUAD_ROWS && pair + 1 < end; pair += 2) {
     long output = 2 * WIDTH * pair;
     sums_at at = {layer->bias ? layer->bias + output : NULL, 0, job->y + output, layer->n};
-    quad_1(job->x, (const float *)layer->panels + output * layer->k, layer->k, at);
+    const float *panels = (const float *)layer->panels + output * layer->k;
+    if (job->m == 1) quad_1(job->x, panels, layer->k, at);
+    else if (job->m == 2) quad_2(job->x, panels, layer->k, at);
+    else quad_3(job->x, panels, layer->k, at);
   }
   for (; pair < end; pair++) one_pair(job, pair);
 }
@@ -219,7 +235,7 @@ int linear_run(const linear_layer *layer, const float *x, float *y, long m) {
   if (!packed) return -1;
   long pairs = layer->n / (2 * WIDTH), items = 4 * pool_threads();
   long each = (pairs + items - 1) / items;
-  each += each % 2; /* one row takes two pairs at a time */
+  each += each % 2; /* few rows take two pairs at a time */
   linear_job job = {layer, packed, y, m, each};
   pool_run(linear_item, &job, (pairs + each - 1) / each);
   return 0;

@@ -1,7 +1,7 @@
 /* Quantised weights: widened as they are read for one row, into the first-level cache for several.
  *
- * A group's weight is d * q + m in fp32, as the file formats define it: d and m are fp16 and q has 4 bits (8 and no m), so
- * d * q is exact and the fused multiply-add rounds as the two operations do.
+ * A group's weight is d * q + m in fp32, as the file formats define it: d and m are fp16 and q has 4 bits (8 and no m),
+ * so d * q is exact and the fused multiply-add rounds as the two operations do.
  */
 #include "widen.h"
 
@@ -69,8 +69,8 @@ INLINED void finish_int8(const linear_layer *layer, long panel, float *y) {
   _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_loadu_ps(y), _mm256_loadu_ps(layer->scale + panel * 8), bias));
 }
 
-/* ---- few rows: every weight is widened in a register. `rows` and `panels` are constants wherever these are inlined, and
- * their product is at most 12 sums; several panels at once, since one would leave the multipliers waiting for its sum ---- */
+/* ---- few rows: every weight is widened in a register. `rows` and `panels` are constants wherever these are inlined,
+ * and their product is at most 12; several panels at once, since one would leave the multipliers waiting ---- */
 
 typedef struct {
   __m256 at[12];
