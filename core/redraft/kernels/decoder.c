@@ -310,6 +310,8 @@ int redraft_decode(const decoder *model, const int32_t *ids, const chunk *chunks
   pass p = {.model = model, .ids = ids, .blocks = blocks, .logits = logits};
   long num_wanted = 0;
   for (long i = 0; i < num_chunks; i++) p.rows += chunks[i].length, num_wanted += chunks[i].wanted;
+  spent[0] = spent[1] = 0;
+  if (!p.rows) return 0;
   pool_enter();
   int status = allocate(&p, num_wanted);
   if (!status) status = place_rows(&p, chunks, num_chunks);

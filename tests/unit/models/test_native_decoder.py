@@ -253,3 +253,7 @@ def test_a_chunk_without_wanted_logits_only_stores() -> None:
     runner.forward([Chunk(IDS[:9], 0, TABLE, 9)])
     assert torch.equal(stored[0], runner.cache.keys)
     assert torch.equal(stored[1], runner.cache.values)
+
+
+def test_no_chunks_are_no_logits() -> None:
+    assert runner_of(built(COVERED["llama"])).forward([]).shape == (0, VOCAB)
