@@ -141,13 +141,13 @@ def fuse(linears: Sequence[nn.Module]) -> LinearLayer | None:
         return None
     if any(weight.out_features % PAIR for weight in weights[:-1]):  # a gap would be in the way
         return None
-    for name in ("panels", "scale", "bias"):
-        joined = _joined([getattr(weight, name) for weight in weights])
-        weights = [replace(weight, **{name: part}) for weight, part in zip(weights, joined, strict=True)]
-    for linear, weight in zip(packed, weights, strict=True):
-        linear.hold(weight)
-    layer = weights[0].layer()
-    layer.n = sum(weight.layer().n for weight in weights)
+    panels = _joined([weight.panels for weight in weights])
+    scales = _joined_if_any([weight.scale for weight in weights])
+    biases = _joined_if_any([weight.bias for weight in weights])
+    for linear, weight, ours, scale, bias in zip(packed, weights, panels, scales, biases, strict=True):
+        linear.hold(replace(weight, panels=ours, scale=scale, bias=bias))
+    layer = packed[0].weight_packed.layer()
+    layer.n = sum(linear.weight_packed.layer().n for linear in packed)
     return layer
 
 
@@ -155,13 +155,17 @@ def _likeness(weight: PackedWeight) -> tuple[LinearKind, int, bool]:
     return weight.kind, weight.in_features, weight.bias is None
 
 
-def _joined(parts: list[Tensor | None]) -> list[Tensor | None]:
-    """The parts, each beginning where the one before ends; themselves if they do, or are None."""
-    present = [part for part in parts if part is not None]
-    if [part.data_ptr() + part.nbytes for part in present[:-1]] == [part.data_ptr() for part in present[1:]]:
+def _joined(parts: list[Tensor]) -> list[Tensor]:
+    """The parts, each beginning where the one before ends; themselves if they do."""
+    if [part.data_ptr() + part.nbytes for part in parts[:-1]] == [part.data_ptr() for part in parts[1:]]:
         return parts
-    whole = aligned_empty(present[0].dtype, sum(len(part) for part in present), *present[0].shape[1:])
-    return list(torch.split(torch.cat(present, out=whole), [len(part) for part in present]))
+    whole = aligned_empty(parts[0].dtype, sum(len(part) for part in parts), *parts[0].shape[1:])
+    return list(torch.split(torch.cat(parts, out=whole), [len(part) for part in parts]))
+
+
+def _joined_if_any(parts: list[Tensor | None]) -> list[Tensor] | list[None]:
+    present = [part for part in parts if part is not None]
+    return _joined(present) if present else [None] * len(parts)
 
 
 def _is_fp32_on_cpu(linear: nn.Linear) -> bool:

@@ -73,7 +73,8 @@ MANY_FAILURES = 10
 
 def back_off_s(poll_s: float, num_failures: int) -> float:
     """Seconds to the next look after so many failures in a row."""
-    return min(poll_s * 2 ** min(num_failures, MANY_FAILURES), max(poll_s, MAX_BACK_OFF_S))
+    factor: int = 2 ** min(num_failures, MANY_FAILURES)
+    return min(poll_s * factor, max(poll_s, MAX_BACK_OFF_S))
 
 
 class RegistryPoller:
