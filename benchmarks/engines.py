@@ -15,6 +15,7 @@ from redraft.models.block_pool import BlockPool
 from redraft.models.draft import load_draft
 from redraft.models.loader import LoadedModel, load_model
 from redraft.models.ref import ModelRef
+from redraft.models.rounding import WeightFormat
 from redraft.models.runner import ModelRunner
 from redraft.models.tokenizer import Tokenizer, check_compatible, load_tokenizer
 from redraft.sampling.params import SamplingParams, StoppingParams
@@ -52,11 +53,11 @@ class SharedModel:
     _cost: StepCost
 
     @classmethod
-    def load(cls, name: str, tokenizer: Tokenizer) -> SharedModel:
+    def load(cls, name: str, tokenizer: Tokenizer, weights: WeightFormat = WeightFormat.FULL) -> SharedModel:
         """Raises ModelError, or TokenizerMismatch if the model is not of this tokenizer."""
         ref = ModelRef.parse(name)
         check_compatible(tokenizer, load_tokenizer(ref))
-        return cls._of(load_model(ref), tokenizer, None)
+        return cls._of(load_model(ref, weights=weights), tokenizer, None)
 
     @classmethod
     def load_draft(cls, name: str, target: SharedModel, tokenizer: Tokenizer) -> SharedModel:

@@ -25,6 +25,7 @@ from benchmarks.engine.shares import measure_shares
 from benchmarks.machine import wait_passively
 from benchmarks.prompts import DataOption, load_prompts
 from benchmarks.report import RESULTS
+from redraft.models.rounding import WeightFormat
 
 EXPERIMENTS = "forward,sampling,step,parts,speculation"
 QUICK_FOLDER = Path("build", "bench")
@@ -34,6 +35,7 @@ def main(
     only: Annotated[str, typer.Option(help="Experiments to run, comma-separated.")] = EXPERIMENTS,
     target: Annotated[str, typer.Option(help="The target: demo, a directory, or a Hugging Face id.")] = "demo",
     draft: Annotated[str, typer.Option(help="Its draft, named likewise.")] = "demo-draft",
+    weights: Annotated[WeightFormat, typer.Option(help="How the target's weights are kept.")] = WeightFormat.FULL,
     again: Annotated[bool, typer.Option("--again", help="Measure known cells anew.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help=f"Few and short runs, into {QUICK_FOLDER}.")] = False,
     data: DataOption = None,
@@ -44,8 +46,9 @@ def main(
     if unknown := set(names) - set(EXPERIMENTS.split(",")):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {EXPERIMENTS}", param_hint="--only")
     plan = QUICK if quick else Plan()
-    cells = Cells((QUICK_FOLDER if quick else RESULTS) / "engine.json", again=again or quick)
-    models = Models.load(target, draft)
+    page_name = "engine" if weights is WeightFormat.FULL else f"engine-{weights}"
+    cells = Cells((QUICK_FOLDER if quick else RESULTS) / f"{page_name}.json", again=again or quick)
+    models = Models.load(target, draft, weights)
 
     def on_cell(name: str) -> None:
         console.print(name, highlight=False)
@@ -59,7 +62,8 @@ def main(
     }
     for name in names:
         experiments[name]()
-    loaded = f"{models.target.loaded.name} with draft {models.draft.loaded.name}, {models.target.loaded.dtype}"
+    kind = models.target.loaded.dtype if weights is WeightFormat.FULL else weights
+    loaded = f"{models.target.loaded.name} with draft {models.draft.loaded.name}, {kind}"
     page = write(cells, loaded.replace("torch.", ""), f"Streams are of {load_prompts(data, 8).source}")
     typer.echo(page.read_text(encoding="utf-8"))
 

@@ -10,11 +10,10 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.machine import read_bandwidth_gb_s
-from redraft.kernels.library import library
 from redraft.models.checkpoint_files import weight_files
 from redraft.models.kv_cache import kv_bytes_per_token
 from redraft.models.loader import LoadedModel
-from redraft.models.quantised import DraftQuant
+from redraft.models.packed import KernelLinear
 from redraft.models.runner import ModelRunner
 
 _GEMM_SIZE, _GEMM_RUNS = 1024, 5
@@ -57,15 +56,14 @@ class Footprint:
 
     @classmethod
     def of(cls, loaded: LoadedModel, runner: ModelRunner) -> Footprint:
-        """From the checkpoint: the matrices of the layers, and of the head the rows that are computed."""
+        """Of the matrices of the layers, and of the head the rows that are computed."""
         config = loaded.config.get_text_config()
         layers = _layer_weights(loaded.directory)
         head = (config.vocab_size if runner.output_ids is None else len(runner.output_ids)) * config.hidden_size
-        is_int8 = DraftQuant.read(loaded.directory) is not None and library() is not None
-        size = loaded.dtype.itemsize
-        layer_size = 1 if is_int8 else size
-        head_size = 1 if is_int8 and runner.output_ids is not None else size
-        return cls(layers * layer_size + head * head_size, layers + head, kv_bytes_per_token(config, loaded.dtype))
+        # packed, they have the size that they are read in; else that of the checkpoint's numbers
+        packed = sum(m.weight_packed.panels.nbytes for m in runner.model.modules() if isinstance(m, KernelLinear))
+        num_bytes = packed or (layers + head) * loaded.dtype.itemsize
+        return cls(num_bytes, layers + head, kv_bytes_per_token(config, loaded.dtype))
 
     def floor(self, batch: int, rows: int, context: int, ceilings: Ceilings) -> Floor:
         """Of a pass over `rows` new tokens, all with logits, of each of `batch` sequences with `context` before."""

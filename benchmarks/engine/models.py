@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.engines import MAX_BATCH_TOKENS, SharedModel, running_engine
 from redraft.models.ref import ModelRef
+from redraft.models.rounding import WeightFormat
 from redraft.models.tokenizer import Tokenizer, load_tokenizer
 from redraft.speculation.cost import StepCost
 from redraft.speculation.draft_model import DraftModelProposer
@@ -31,10 +32,10 @@ class Models:
     draft: SharedModel
 
     @classmethod
-    def load(cls, target: str, draft: str) -> Models:
+    def load(cls, target: str, draft: str, weights: WeightFormat = WeightFormat.FULL) -> Models:
         """Raises ModelError, or TokenizerMismatch if the two do not fit together."""
         tokenizer = load_tokenizer(ModelRef.parse(target))
-        loaded = SharedModel.load(target, tokenizer)
+        loaded = SharedModel.load(target, tokenizer, weights)
         return cls(tokenizer, loaded, SharedModel.load_draft(draft, loaded, tokenizer))
 
     def engine(

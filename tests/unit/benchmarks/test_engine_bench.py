@@ -16,10 +16,12 @@ from benchmarks.engine.models import Models
 from benchmarks.engine.page import write
 from benchmarks.engine.share_clock import Probe, ShareClock
 from benchmarks.engine.shares import FORWARDS, SHARES, Window, probes
+from redraft.kernels.library import library
 from redraft.models.draft_vocab import DraftVocab
 from redraft.models.loader import load_model
-from redraft.models.quantised import DraftQuant
+from redraft.models.packed import pack_linears_int8
 from redraft.models.ref import ModelKind, ModelRef
+from redraft.models.runner import ModelRunner
 from redraft.sampling.params import SamplingParams
 from tests.engine_harness import Collected, EngineSpec, make_runner, request, running_engine
 from tests.fakes import save_tiny, tiny_model
@@ -105,9 +107,12 @@ def test_pairs_alternate_and_are_compared_within_a_cycle() -> None:
     assert pairs.values()["quartiles"] == [1.0, 1.1]
 
 
-def _footprint(directory: Path, output_ids: Any = None) -> Footprint:
+def _footprint(directory: Path, output_ids: Any = None, *, int8: bool = False) -> Footprint:
     loaded = load_model(ModelRef(ModelKind.DIRECTORY, str(directory)), progress=lambda _: None)
-    return Footprint.of(loaded, cast(Any, SimpleNamespace(output_ids=output_ids)))
+    if int8:
+        assert pack_linears_int8(loaded.model, head=None) == 2 * 7 or library() is None
+    runner = ModelRunner(loaded.model, num_blocks=4, block_size=4, vocab_size=64, output_ids=output_ids)
+    return Footprint.of(loaded, runner)
 
 
 def test_footprint_counts_every_matrix_once(tmp_path: Path) -> None:
@@ -117,10 +122,9 @@ def test_footprint_counts_every_matrix_once(tmp_path: Path) -> None:
     layer = 32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * config.intermediate_size
     whole = _footprint(directory)
     assert whole == Footprint((2 * layer + 64 * 32) * 4, 2 * layer + 64 * 32, 2 * 2 * 2 * 8 * 4)
-    DraftQuant().write(directory)
-    small = _footprint(directory, DraftVocab(tuple(range(16))).tensor())
+    small = _footprint(directory, DraftVocab(tuple(range(16))).tensor(), int8=True)
     assert small.products == 2 * layer + 16 * 32
-    assert small.weight_bytes < whole.weight_bytes
+    assert small.weight_bytes == (2 * layer if library() else 8 * layer) + 16 * 32 * 4
 
 
 def test_the_floor_is_the_harder_of_the_two_limits() -> None:
