@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -123,3 +125,22 @@ def test_four_bits_are_a_sixth_of_the_memory(kernels: CpuKernels) -> None:
     panels = GroupLinear(layer, groups, kernels).weight_packed.panels
     assert panels.numel() * panels.element_size() * 8 == 5 * layer.weight.numel()
     assert panels.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("kind", [NativeLinear, Int8Linear, 4, 8])
+def test_nothing_is_written_behind_the_rows_asked_for(
+    kernels: CpuKernels, kind: type[NativeLinear] | type[Int8Linear] | int
+) -> None:
+    """No rows at all included: a head that nobody wants logits of."""
+    plain = linear(64, 80, bias=False)
+    packed = (
+        GroupLinear(plain, nearest_groups(plain.weight, kind), kernels)
+        if isinstance(kind, int)
+        else kind(plain, kernels)
+    )
+    layer, x = packed.weight_packed.layer(), random(16, 64)
+    for rows in range(14):
+        written = torch.full((16, 80), 7.0)
+        assert kernels._lib.redraft_linear(ctypes.byref(layer), x.data_ptr(), written.data_ptr(), rows) == 0
+        assert torch.equal(written[rows:], torch.full((16 - rows, 80), 7.0))
+        torch.testing.assert_close(written[:rows], packed(x[:rows]), rtol=0.0, atol=0.0)
