@@ -42,6 +42,8 @@ class Peer:
         return next(mode for mode in self.modes if mode.name == name)
 
 
+_INT4 = {"flags": ("--model.weights", "int4")}  # of the demo target the same function, bit for bit
+
 PEERS = (
     Peer(
         REDRAFT,
@@ -52,6 +54,9 @@ PEERS = (
             Mode("draft", "draft"),
             Mode("ngram", "ngram"),
             Mode("ngram+draft", "ngram+draft"),
+            Mode("int4 plain", "plain", options=_INT4),
+            Mode("int4 draft", "draft", options=_INT4),
+            Mode("int4 ngram+draft", "ngram+draft", options=_INT4),
         ),
     ),
     Peer(
