@@ -68,10 +68,14 @@ class DraftedTokens:
 
     def probability_of_own_token(self) -> Tensor:
         """q(d) per drafted token, [drafted tokens] float32."""
+        return self.probability_of(self.token_ids)
+
+    def probability_of(self, token_ids: Tensor) -> Tensor:
+        """q of a given token per drafted token, [drafted tokens] int64 -> float32."""
+        certain = (token_ids == self.token_ids).float()
         if not len(self.probs):
-            return torch.ones(len(self.token_ids), device=self.token_ids.device)
-        own = self.probs[self.prob_row.clamp(min=0), self.token_ids]
-        return torch.where(self.prob_row < 0, 1.0, own)
+            return certain
+        return torch.where(self.prob_row < 0, certain, self.probs[self.prob_row.clamp(min=0), token_ids])
 
     def subtract_from_(self, rows: Tensor, drafts: Tensor) -> None:
         """rows[i] -= q of drafted token drafts[i], in place; rows [n, vocab_size], drafts [n] int64."""
@@ -157,7 +161,12 @@ def accept_maximal(
 
 def accept_invariant(target: Tensor, drafted: DraftedTokens, layout: Layout, exponentials: Tensor) -> Verdict:
     """The race: target, exponentials [layout.num_rows, vocab_size]. What is emitted never depends on `drafted`."""
-    choice = race(target, exponentials)
+    return accept_choice(race(target, exponentials), drafted, layout)
+
+
+def accept_choice(choice: Tensor, drafted: DraftedTokens, layout: Layout) -> Verdict:
+    """The target's own pick at every row, [layout.num_rows] int64, is emitted; a drafted token is accepted if it
+    is that. Both couplings come to this at temperature 0, where p is one-hot."""
     accepted = choice[layout.draft_rows] == drafted.token_ids
     num_accepted = _leading(accepted, layout)
     return Verdict(num_accepted, choice[layout.first_row + num_accepted])

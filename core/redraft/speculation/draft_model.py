@@ -11,10 +11,10 @@ from torch import Tensor
 from redraft.models.runner import Chunk, ModelRunner
 from redraft.sampling.coupling import draw, race
 from redraft.sampling.params import Coupling
-from redraft.sampling.processors import probabilities
+from redraft.sampling.processors import adjusted_logits, probabilities
 from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, uniforms
 from redraft.speculation.length import LengthController
-from redraft.speculation.proposer import NOTHING, Proposal, SequenceProposal, nothing_proposed
+from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, SequenceProposal, nothing_proposed
 from redraft.speculation.state import SequenceState
 
 
@@ -69,15 +69,12 @@ class DraftModelProposer:
         num_rows = 0
         logits = self._ingest_pending(active)
         while True:
-            q = probabilities(logits, [s.sampling_row(d) for s, d in zip(active, drafted, strict=False)])
-            # a draft whose logits overflow must cost acceptance, not correctness: its token is drawn uniformly
-            q.nan_to_num_(nan=1.0 / q.shape[1])
-            tokens = _sample(q, active, [len(d) for d in drafted[: len(active)]])
-            for index, token in enumerate(tokens.tolist()):
+            tokens, q = _draw_tokens(logits, active, drafted[: len(active)])
+            for index, token in enumerate(tokens):
                 drafted[index].append(token)
-                rows[index].append(num_rows + index)
+                rows[index].append(CERTAIN if active[index].params.is_greedy else num_rows)
+                num_rows += not active[index].params.is_greedy
             probs.append(q)
-            num_rows += len(active)
             active = [s for s, d, limit in zip(active, drafted, depth, strict=False) if len(d) < limit]
             if not active:
                 break
@@ -149,6 +146,25 @@ def _num_missing(state: SequenceState) -> int:
     return len(state.token_ids) - state.num_draft_computed
 
 
+def _draw_tokens(
+    logits: Tensor, states: Sequence[SequenceState], drafted: Sequence[Sequence[int]]
+) -> tuple[list[int], Tensor]:
+    """A token per row of logits [sequences, vocab_size], and the q of those that were drawn, [sampled, vocab_size]: at
+    temperature 0 it is certain, which saves all passes over q."""
+    rows = [state.sampling_row(tokens) for state, tokens in zip(states, drafted, strict=True)]
+    sampled = [i for i, state in enumerate(states) if not state.params.is_greedy]
+    if not sampled:
+        return adjusted_logits(logits, rows).argmax(dim=1).tolist(), logits[:0].float()
+    greedy = [i for i, state in enumerate(states) if state.params.is_greedy]
+    q = probabilities(logits[sampled] if greedy else logits, [rows[i] for i in sampled])
+    # a draft whose logits overflow must cost acceptance, not correctness: its token is drawn uniformly
+    q.nan_to_num_(nan=1.0 / q.shape[1])
+    drawn = _sample(q, [states[i] for i in sampled], [len(drafted[i]) for i in sampled]).tolist()
+    certain = adjusted_logits(logits[greedy], [rows[i] for i in greedy]).argmax(dim=1).tolist() if greedy else []
+    tokens = dict(zip([*sampled, *greedy], [*drawn, *certain], strict=True))
+    return [tokens[i] for i in range(len(states))], q
+
+
 def _sample(q: Tensor, states: Sequence[SequenceState], drafted: Sequence[int]) -> Tensor:
     """Draw one token per row of q [sequences, vocab_size], each by its sequence's coupling -> [sequences]."""
     keys = as_key_tensor([state.key for state in states], q.device)
@@ -157,7 +173,7 @@ def _sample(q: Tensor, states: Sequence[SequenceState], drafted: Sequence[int]) 
         device=q.device,
     )
     tokens = draw(q, uniforms(keys, positions, Purpose.DRAFT))
-    racing = [i for i, s in enumerate(states) if s.coupling is Coupling.DRAFTER_INVARIANT and not s.params.is_greedy]
+    racing = [i for i, s in enumerate(states) if s.coupling is Coupling.DRAFTER_INVARIANT]
     if racing:
         index = torch.tensor(racing, device=q.device)
         tokens[index] = race(q[index], exponentials(keys[index], positions[index], q.shape[1]))

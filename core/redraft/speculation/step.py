@@ -23,13 +23,14 @@ from redraft.sampling.coupling import (
     DraftedTokens,
     Layout,
     Verdict,
+    accept_choice,
     accept_invariant,
     accept_maximal,
     expected_acceptance,
 )
 from redraft.sampling.logprobs import TeacherRow, TokenLogprob, teacher_rows, token_logprobs
 from redraft.sampling.params import Coupling
-from redraft.sampling.processors import probabilities
+from redraft.sampling.processors import adjusted_logits, probabilities
 from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, uniforms
 from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, nothing_proposed
 from redraft.speculation.state import SequenceState
@@ -118,7 +119,7 @@ class _Accepted:
     final_token: int
     expected: tuple[float, ...]
     finite: bool  # every row the verdict rests on
-    probs: Tensor  # of the emitted tokens, [num_accepted + 1, vocab_size]
+    probs: Tensor | None  # of the emitted tokens, [num_accepted + 1, vocab_size], if wanted
 
 
 @torch.inference_mode()
@@ -137,7 +138,7 @@ def speculative_step(
     chunks = [_chunk(w, p) for w, p in zip(work, proposal.sequences, strict=True)]
     logits = target.forward(chunks)
     rows = torch.split(logits, [c.num_logits for c in chunks])
-    accepted = _accept(work, proposal, rows)
+    accepted = _accept(work, proposal, rows, with_probs=observer is not None)
 
     outputs: list[StepOutput] = []
     verified_now: list[Verified] = []
@@ -167,7 +168,8 @@ def speculative_step(
             proposer.settle(w.state, verdict.num_accepted, p)
         w.state.num_computed = len(w.state.token_ids) + verdict.num_accepted
         w.state.token_ids.extend(emitted)
-        verified_now.append(Verified(w.state, verdict.probs, p, verdict.expected))
+        if verdict.probs is not None:
+            verified_now.append(Verified(w.state, verdict.probs, p, verdict.expected))
     finished = time.perf_counter()
     if observer is not None and verified_now:
         observer.observe(verified_now)
@@ -204,23 +206,35 @@ def _teacher(work: Work, proposal: SequenceProposal, verified: Tensor) -> tuple[
     return teacher_rows(verified, work.teacher_top_n, rows)
 
 
-def _accept(work: Sequence[Work], proposal: Proposal, rows: Sequence[Tensor]) -> list[_Accepted | None]:
+def _accept(
+    work: Sequence[Work], proposal: Proposal, rows: Sequence[Tensor], *, with_probs: bool
+) -> list[_Accepted | None]:
     """Sample or verify every emitting sequence; None for those in the middle of a prefill."""
     result: list[_Accepted | None] = [None] * len(work)
-    for coupling in Coupling:
-        members = [i for i, w in enumerate(work) if w.emits and w.state.coupling is coupling]
-        if not members:
-            continue
+    # what a rule costs is in passes over [rows, vocab_size]; at temperature 0 one is enough
+    rules: dict[Coupling | None, list[int]] = {}
+    for i, w in enumerate(work):
+        if w.emits:
+            rules.setdefault(None if w.state.params.is_greedy else w.state.coupling, []).append(i)
+    for coupling, members in rules.items():
         drafts = [proposal.sequences[i].token_ids for i in members]
         logits = torch.cat([rows[i][-(len(d) + 1) :] for i, d in zip(members, drafts, strict=True)])
         sampling_rows = [
             work[i].state.sampling_row(d[:j]) for i, d in zip(members, drafts, strict=True) for j in range(len(d) + 1)
         ]
-        probs = probabilities(logits, sampling_rows)
-        layout = Layout.of([len(d) for d in drafts], probs.device)
-        drafted = proposal.drafted_tokens(members, probs.device)
-        verdict = _couple(coupling, probs, drafted, layout, [work[i].state for i in members])
-        alphas = expected_acceptance(probs, drafted, layout).tolist()
+        layout = Layout.of([len(d) for d in drafts], logits.device)
+        drafted = proposal.drafted_tokens(members, logits.device)
+        probs: Tensor | None = None
+        if coupling is None:
+            choice = adjusted_logits(logits, sampling_rows).argmax(dim=1)
+            verdict = accept_choice(choice, drafted, layout)
+            alphas = drafted.probability_of(choice[layout.draft_rows]).tolist()
+            if with_probs:
+                probs = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, choice.unsqueeze(1), 1.0)
+        else:
+            probs = probabilities(logits, sampling_rows)
+            verdict = _couple(coupling, probs, drafted, layout, [work[i].state for i in members])
+            alphas = expected_acceptance(probs, drafted, layout).tolist()
         finite = logits.amax(dim=1).isfinite().tolist()
         draft_start = row_start = 0
         for i, d, count, token in zip(
@@ -232,7 +246,7 @@ def _accept(work: Sequence[Work], proposal: Proposal, rows: Sequence[Tensor]) ->
                 token,
                 tuple(alphas[draft_start : draft_start + reached]),
                 all(finite[row_start : row_start + count + 1]),
-                probs[row_start : row_start + count + 1],
+                probs[row_start : row_start + count + 1] if with_probs and probs is not None else None,
             )
             draft_start += len(d)
             row_start += len(d) + 1
@@ -250,11 +264,7 @@ def _couple(
     row_keys = keys.repeat_interleave(counts)
     row_positions = torch.arange(layout.num_rows, device=device) + (first - layout.first_row).repeat_interleave(counts)
     if coupling is Coupling.DRAFTER_INVARIANT:
-        if all(state.params.is_greedy for state in states):  # one-hot rows: any noise gives the same winner
-            noise = probs.new_ones(probs.shape)
-        else:
-            noise = exponentials(row_keys, row_positions, probs.shape[1])
-        return accept_invariant(probs, drafted, layout, noise)
+        return accept_invariant(probs, drafted, layout, exponentials(row_keys, row_positions, probs.shape[1]))
     tested = layout.draft_rows
     accept = uniforms(row_keys[tested], row_positions[tested], Purpose.ACCEPT)
     # keyed by the row the token ends up on, which is known only after acceptance: give every row its own number

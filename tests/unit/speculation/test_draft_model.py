@@ -12,7 +12,7 @@ from redraft.sampling.coupling import draw, race
 from redraft.sampling.params import Coupling, SamplingParams
 from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, uniforms
 from redraft.speculation.draft_model import DraftModelProposer
-from redraft.speculation.proposer import Proposal
+from redraft.speculation.proposer import CERTAIN, Proposal
 from redraft.speculation.state import SequenceState
 from tests.fakes import tiny_model
 from tests.reference_decoding import check_state, make_runner, make_states, plain_distribution, step
@@ -46,8 +46,12 @@ def assert_q_is_exact(proposal: Proposal, states: list[SequenceState], model: Pr
     """At every depth: q equals a plain forward's, and the token is the one that the sequence's randomness picks."""
     for state, own in zip(states, proposal.sequences, strict=True):
         for depth, (token, row) in enumerate(zip(own.token_ids, own.prob_rows, strict=True)):
+            expected = plain_distribution(model, state, own.token_ids[:depth])
+            if state.params.is_greedy:
+                assert (row, token) == (CERTAIN, int(expected.argmax()))
+                continue
             q = proposal.probs[row]
-            torch.testing.assert_close(q, plain_distribution(model, state, own.token_ids[:depth]), atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(q, expected, atol=2e-5, rtol=1e-4)
             assert q[token] > 0
             key, position = as_key_tensor([state.key]), torch.tensor([state.num_output_tokens + depth])
             if state.coupling is Coupling.DRAFTER_INVARIANT:
@@ -89,7 +93,7 @@ def test_a_batch_and_a_sequence_alone_draft_the_same() -> None:
     for index, state in enumerate(make_states(PROMPTS, PARAMS)):
         alone = proposer.propose([state], LIMITS[index : index + 1])
         assert alone.sequences[0].token_ids == together.sequences[index].token_ids
-        rows = torch.tensor(together.sequences[index].prob_rows)
+        rows = [row for row in together.sequences[index].prob_rows if row != CERTAIN]
         torch.testing.assert_close(alone.probs, together.probs[rows], atol=2e-5, rtol=1e-4)
 
 
