@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import subprocess
 from dataclasses import dataclass
 from urllib.request import urlopen
@@ -13,6 +12,7 @@ import pytest
 from redraft_client.types import GenerateParams, GenerationResult, SpeculationStats
 from redraft_server.engine import api
 from tests.engine_harness import EngineSpec
+from tests.ops.charts import require
 from tests.served_engine import Served, served_engine
 
 SPEC = EngineSpec("ngram+draft", k=4, max_running=32, num_blocks=256, max_catch_up=64)
@@ -153,9 +153,7 @@ async def test_cancelled_requests_count_for_what_they_did() -> None:
 
 
 async def test_the_metrics_page_is_clean() -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is NOT INSTALLED: the metrics page was not linted")
+    promtool = str(require("promtool"))
     async with served_engine(SPEC) as served:
         await run_all(served)
         await served.idle()
