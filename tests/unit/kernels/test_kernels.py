@@ -18,14 +18,6 @@ from tests.fakes import ARCHITECTURES, tiny_model
 BLOCK_SIZE = 4
 
 
-@pytest.fixture(scope="module")
-def kernels() -> CpuKernels:
-    found = library()
-    if found is None:
-        pytest.skip("NATIVE KERNELS WERE NOT BUILT: no C compiler at install, or no AVX2")
-    return found
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

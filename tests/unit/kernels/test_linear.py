@@ -8,21 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from redraft.kernels.library import CpuKernels, library, pack
+from redraft.kernels.library import CpuKernels, pack
 from redraft.models.groups import GROUP, Groups, nearest_groups
 from redraft.models.packed import GroupLinear, Int8Linear, KernelLinear, NativeLinear
 from redraft.models.quantised import dequantise, quantise
 
 SHAPES = [(8, 16), (64, 48), (33, 50), (576, 1), (7, 130), (600, 176)]  # k above 256: more than one block
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 19, 25, 40]
-
-
-@pytest.fixture(scope="module")
-def kernels() -> CpuKernels:
-    found = library()
-    if found is None:
-        pytest.skip("NATIVE KERNELS WERE NOT BUILT: no C compiler at install, or no AVX2")
-    return found
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

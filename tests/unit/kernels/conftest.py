@@ -1,0 +1,15 @@
+"""The native kernels, for all tests of this folder."""
+
+from __future__ import annotations
+
+import pytest
+
+from redraft.kernels.library import CpuKernels, library
+
+
+@pytest.fixture(scope="session")
+def kernels() -> CpuKernels:
+    found = library()
+    if found is None:
+        pytest.skip("NATIVE KERNELS WERE NOT BUILT: no C compiler at install, or no AVX2")
+    return found
