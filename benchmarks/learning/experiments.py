@@ -38,6 +38,7 @@ SEEDS = (0, 1, 2)
 
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "word_kd": ("how=forward_kl", "temperature=1.0"),
+    "word_kd, 3 epochs": ("how=forward_kl", "temperature=1.0"),
     "sequence_kd": ("what=sequences", "how=cross_entropy", "temperature=1.0"),
     "forward_kl at own sampling": ("how=forward_kl",),
     "reverse_kl": ("how=reverse_kl",),
@@ -54,7 +55,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "rkd": ("what=relations", "how=forward_kl", "temperature=1.0"),
     "minillm": ("how=policy_gradient", "temperature=1.0", "on_policy_fraction=1.0", "on_policy_source=rollout"),
 }
-LONGER = {"word_kd, 3 epochs": "word_kd"}  # about the tokens that text and captured drafts have in two epochs
+LONGER = {"word_kd, 3 epochs": ("distill.epochs=3",)}  # about the tokens of text and captured drafts in two epochs
 
 
 def domains(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> None:
@@ -135,10 +136,9 @@ def ablation(bench: Bench, data: Path, pruned: ModelRef) -> None:
     """Every objective on the same draft, data and number of epochs, three seeds."""
     evaluation, traffic = _small(data)
     for seed in SEEDS:
-        for name, like in {**{name: name for name in OBJECTIVES}, **LONGER}.items():
-            overrides = [*SHORT_SETTINGS, f"distill.seed={seed}"]
-            overrides += [f"distill.objective.{entry}" for entry in OBJECTIVES[like]]
-            overrides += ["distill.epochs=3"] if name in LONGER else []
+        for name, settings in OBJECTIVES.items():
+            objective = (f"distill.objective.{entry}" for entry in settings)
+            overrides = (*SHORT_SETTINGS, f"distill.seed={seed}", *objective, *LONGER.get(name, ()))
             _trained_cell(bench, f"ablation/{name}/{seed}", traffic, evaluation, overrides, pruned)
 
 

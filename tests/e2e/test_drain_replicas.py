@@ -13,18 +13,14 @@ from redraft.v1 import generation_pb2 as pb
 from redraft.v1 import generation_pb2_grpc
 from redraft_client.aio import AsyncClient
 from scripts.server_process import ServerProcess
-from tests.fakes import save_tiny
+from tests.replica_load import BETWEEN, RUNNING, answers_of, load_while_it_leaves, replica_flags
 
-STREAMS, RUNNING, NEW_TOKENS = 32, 8, 100
-CLIENTS, BETWEEN = 6, 18
-"""Callers at work while a replica leaves, and the answers awaited before and after."""
+STREAMS, NEW_TOKENS = 32, 100
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    model = save_tiny(tmp_path_factory.mktemp("replicas") / "tiny")
-    engine = ["--engine.kv_cache_tokens", "8192", "--engine.max_running_requests", str(RUNNING)]
-    return ["--model.target", str(model), "--model.threads", "1", "--drain.grace_s", "300", *engine]
+    return replica_flags(tmp_path_factory.mktemp("replicas"))
 
 
 async def test_sigterm_under_many_streams_completes_all_of_them(flags: list[str]) -> None:
@@ -67,64 +63,9 @@ async def test_a_replica_leaves_its_peer_and_no_client_notices(flags: list[str])
         ServerProcess(flags, start_timeout_s=600.0) as staying,
     ):
         async with AsyncClient(f"ipv4:{leaving.address},{staying.address}", timeout=300.0) as client:
-            load = Load(client)
-            await load.answers(BETWEEN)
-            ended = asyncio.create_task(asyncio.to_thread(leaving.terminate))
-            while not ended.done():
-                await load.answers(1)
-            await load.answers(BETWEEN)
-            await load.stop()
-            assert await ended == 0
-        served = [
-            server.output().count("rpc code=OK method=redraft.v1.GenerationService") for server in (leaving, staying)
-        ]
+            answered = await load_while_it_leaves(client, leaving)
+        served = [answers_of(leaving), answers_of(staying)]
         outputs = leaving.output() + staying.output()
     assert min(served) >= BETWEEN // 3, "both took part"
-    assert sum(served) >= load.answered
+    assert sum(served) >= answered
     assert "Traceback" not in outputs
-
-
-class Load:
-    """Callers that always have a request on its way, and raise whatever goes wrong with it."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self.answered = 0
-        self._client = client
-        self._more = asyncio.Condition()
-        self._stopping = False
-        self._callers = [asyncio.create_task(self._call(number)) for number in range(CLIENTS)]
-
-    async def answers(self, count: int) -> None:
-        """Wait for so many more."""
-        target = self.answered + count
-        async with self._more:
-            await self._more.wait_for(lambda: self.answered >= target or any(c.done() for c in self._callers))
-        for caller in self._callers:
-            if caller.done():
-                caller.result()
-
-    async def stop(self) -> None:
-        """Let each caller have its last answer."""
-        self._stopping = True
-        await asyncio.gather(*self._callers)
-
-    async def _call(self, number: int) -> None:
-        try:
-            while not self._stopping:
-                await self._ask(stream=number % 2 == 0)
-                self.answered += 1
-                async with self._more:
-                    self._more.notify_all()
-        finally:
-            async with self._more:
-                self._more.notify_all()
-
-    async def _ask(self, *, stream: bool) -> None:
-        if not stream:
-            result = await self._client.generate("a question", max_new_tokens=20, ignore_eos=True)
-            assert result.usage.completion_tokens == 20
-            return
-        running = self._client.stream("a story", max_new_tokens=40, ignore_eos=True)
-        async for _ in running:
-            pass
-        assert running.result.usage.completion_tokens == 40

@@ -17,10 +17,9 @@ import yaml
 
 from redraft_client.aio import AsyncClient
 from scripts.server_process import ServerProcess, free_ports
-from tests.e2e.test_drain_replicas import BETWEEN, Load
-from tests.fakes import save_tiny
 from tests.ops.charts import ROOT, require
 from tests.ops.test_grpc_tools import REQUEST, buf_program, output_of, text_of
+from tests.replica_load import BETWEEN, answers_of, load_while_it_leaves, replica_flags
 
 EXAMPLE = ROOT / "docs" / "examples" / "envoy.yaml"
 
@@ -28,9 +27,7 @@ EXAMPLE = ROOT / "docs" / "examples" / "envoy.yaml"
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerProcess]]:
     require("envoy")
-    model = save_tiny(tmp_path_factory.mktemp("envoy") / "tiny")
-    engine = ["--engine.kv_cache_tokens", "8192", "--engine.max_running_requests", "8"]
-    flags = ["--model.target", str(model), "--model.threads", "1", "--drain.grace_s", "300", *engine]
+    flags = replica_flags(tmp_path_factory.mktemp("envoy"))
     with (
         ServerProcess(flags, start_timeout_s=600.0, stop_timeout_s=400.0) as one,
         ServerProcess(flags, start_timeout_s=600.0, stop_timeout_s=400.0) as other,
@@ -42,7 +39,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerPro
 class Envoy:
     address: str
     admin: str
-    log: Path
 
     async def healthy(self, count: int) -> None:
         """Wait until so many servers pass their health checks."""
@@ -74,7 +70,7 @@ def envoy_before(servers: list[ServerProcess], folder: Path) -> Iterator[Envoy]:
     with log.open("w") as output:
         process = subprocess.Popen([*command, "--log-level", "warn"], stdout=output, stderr=output)
     try:
-        yield Envoy(f"127.0.0.1:{port}", f"127.0.0.1:{admin_port}", log)
+        yield Envoy(f"127.0.0.1:{port}", f"127.0.0.1:{admin_port}")
     finally:
         process.terminate()
         process.wait(30)
@@ -101,23 +97,11 @@ async def test_calls_take_turns_and_no_client_notices_a_server_that_leaves(
     servers: list[ServerProcess], tmp_path: Path
 ) -> None:
     """The last test: one server is gone after it."""
-    leaving = servers[0]
     before = [answers_of(server) for server in servers]
     with envoy_before(servers, tmp_path) as envoy:
         await envoy.healthy(2)
         async with AsyncClient(envoy.address, timeout=300.0) as client:
-            load = Load(client)
-            await load.answers(BETWEEN)
-            ended = asyncio.create_task(asyncio.to_thread(leaving.terminate))
-            while not ended.done():
-                await load.answers(1)
-            await load.answers(BETWEEN)
-            await load.stop()
-            assert await ended == 0
+            answered = await load_while_it_leaves(client, servers[0])
     served = [answers_of(server) - count for server, count in zip(servers, before, strict=True)]
     assert min(served) >= BETWEEN // 4, "both took part"
-    assert sum(served) >= load.answered
-
-
-def answers_of(server: ServerProcess) -> int:
-    return server.output().count("rpc code=OK method=redraft.v1.GenerationService")
+    assert sum(served) >= answered

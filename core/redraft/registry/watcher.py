@@ -22,6 +22,9 @@ MAX_BACK_OFF_S = 120.0
 """After failures, the wait between two looks grows to at most this, or `poll_s` if that is more: seldom enough to spare
 a store in trouble, often enough that an alert on failures in a quarter of an hour can see them."""
 
+MANY_FAILURES = 10
+"""How often the wait is doubled at most, which bounds the number that `MAX_BACK_OFF_S` is compared with."""
+
 
 @dataclass(frozen=True, slots=True)
 class CurrentMoved:
@@ -66,9 +69,6 @@ class Poll:
     """What could not be read. A damaged draft is reported once and then left alone."""
     next_poll_s: float
     """Seconds to wait before the next look: longer while the registry cannot be read."""
-
-
-MANY_FAILURES = 10
 
 
 def back_off_s(poll_s: float, num_failures: int) -> float:

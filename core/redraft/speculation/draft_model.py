@@ -152,17 +152,23 @@ def _draw_tokens(
     """A token per row of logits [sequences, vocab_size], and the q of those that were drawn, [sampled, vocab_size]: at
     temperature 0 it is certain, which saves all passes over q."""
     rows = [state.sampling_row(tokens) for state, tokens in zip(states, drafted, strict=True)]
-    sampled = [i for i, state in enumerate(states) if not state.params.is_greedy]
-    if not sampled:
-        return adjusted_logits(logits, rows).argmax(dim=1).tolist(), logits[:0].float()
     greedy = [i for i, state in enumerate(states) if state.params.is_greedy]
-    q = probabilities(logits[sampled] if greedy else logits, [rows[i] for i in sampled])
+    sampled = [i for i, state in enumerate(states) if not state.params.is_greedy]
+    tokens = torch.empty(len(states), dtype=torch.int64, device=logits.device)
+    if greedy:
+        tokens[greedy] = adjusted_logits(_rows(logits, greedy), [rows[i] for i in greedy]).argmax(dim=1)
+    if not sampled:
+        return tokens.tolist(), logits[:0].float()
+    q = probabilities(_rows(logits, sampled), [rows[i] for i in sampled])
     # a draft whose logits overflow must cost acceptance, not correctness: its token is drawn uniformly
     q.nan_to_num_(nan=1.0 / q.shape[1])
-    drawn = _sample(q, [states[i] for i in sampled], [len(drafted[i]) for i in sampled]).tolist()
-    certain = adjusted_logits(logits[greedy], [rows[i] for i in greedy]).argmax(dim=1).tolist() if greedy else []
-    tokens = dict(zip([*sampled, *greedy], [*drawn, *certain], strict=True))
-    return [tokens[i] for i in range(len(states))], q
+    tokens[sampled] = _sample(q, [states[i] for i in sampled], [len(drafted[i]) for i in sampled])
+    return tokens.tolist(), q
+
+
+def _rows(logits: Tensor, indices: list[int]) -> Tensor:
+    """These rows, in ascending order; without a copy if they are all."""
+    return logits if len(indices) == len(logits) else logits[indices]
 
 
 def _sample(q: Tensor, states: Sequence[SequenceState], drafted: Sequence[int]) -> Tensor:

@@ -119,7 +119,7 @@ class _Accepted:
     final_token: int
     expected: tuple[float, ...]
     finite: bool  # every row the verdict rests on
-    probs: Tensor | None  # of the emitted tokens, [num_accepted + 1, vocab_size], if wanted
+    probs: Tensor | None  # of the emitted tokens, [num_accepted + 1, vocab_size]; None: nobody needed them
 
 
 @torch.inference_mode()
@@ -246,7 +246,7 @@ def _accept(
                 token,
                 tuple(alphas[draft_start : draft_start + reached]),
                 all(finite[row_start : row_start + count + 1]),
-                probs[row_start : row_start + count + 1] if with_probs and probs is not None else None,
+                None if probs is None else probs[row_start : row_start + count + 1],
             )
             draft_start += len(d)
             row_start += len(d) + 1

@@ -21,7 +21,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from redraft.kernels.library import library
 from redraft.models import native_decoder as module
 from redraft.models.heads import output_head
 from redraft.models.native_decoder import NativeDecoder
@@ -34,7 +33,7 @@ IDS = [3 + i * 7 % 60 for i in range(61)]
 TABLE = [7, 2, 39, 4, 11, 0, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31]
 OTHER = [1, 3, 5, 6, 8, 10, 12, 14]
 
-pytestmark = pytest.mark.skipif(library() is None, reason="NATIVE KERNELS WERE NOT BUILT: no C compiler, or no AVX2")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from redraft.kernels.library import library
+from redraft.kernels.library import CpuKernels
 from redraft.models import packed as packed_module
 from redraft.models.heads import embedding, output_head
 from redraft.models.loader import LoadedModel, load_model
@@ -53,10 +53,8 @@ def on_grid(arch: str, weights: WeightFormat, *, tied: bool | None = None) -> Pr
 @pytest.mark.parametrize("stored", [WeightFormat.INT4, WeightFormat.INT8])
 @pytest.mark.parametrize("asked", [WeightFormat.INT4, WeightFormat.INT8])
 def test_weights_on_the_grid_stay_the_same_model_bit_for_bit(
-    tmp_path: Path, arch: str, stored: WeightFormat, asked: WeightFormat
+    kernels: CpuKernels, tmp_path: Path, arch: str, stored: WeightFormat, asked: WeightFormat
 ) -> None:
-    if library() is None:
-        pytest.skip("NATIVE KERNELS WERE NOT BUILT: no C compiler at install, or no AVX2")
     ref = save(on_grid(arch, stored), tmp_path)
     full, groups = load(ref), load(ref, asked)
     assert full.weights_fingerprint == groups.weights_fingerprint

@@ -1,4 +1,4 @@
-"""The native kernels, for all tests of this folder."""
+"""The native kernels, for the tests that are about them."""
 
 from __future__ import annotations
 
