@@ -19,7 +19,7 @@ from benchmarks.prompts import DEFAULT_DATA
 from redraft.models.ref import ModelRef
 from redraft_training.student.prune import init_draft
 
-_ALL = "domains,drift,captured,ablation"
+_ALL = "domains,drift,captured,ablation,fine_tuning"
 
 
 def main(
@@ -39,6 +39,8 @@ def main(
             experiments.captured(bench, data, short)
         elif name == "ablation":
             experiments.ablation(bench, data, short)
+        elif name == "fine_tuning":
+            experiments.fine_tuning(bench, data, day0)
         else:
             raise typer.BadParameter(f"{name} is none of {_ALL}", param_hint="--only")
     write(bench)

@@ -21,6 +21,7 @@ LONG_DOMAINS, LONG_CYCLES = ("sql",), (1, 2, 4, 10)
 NUM_EVALUATION = 60
 DRIFT_REQUESTS = 200  # of A, then of B without replay
 DRIFT_STEPS = ((0, 100), (100, 200), (200, 400))  # requests of B, learnt with replay of as many of A
+LONG_DRIFT_STEPS = (*DRIFT_STEPS, (400, 1000))
 CYCLE_SETTINGS = (
     "distill.epochs=2",
     "distill.batch_tokens=1024",
@@ -55,6 +56,17 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "rkd": ("what=relations", "how=forward_kl", "temperature=1.0"),
     "minillm": ("how=policy_gradient", "temperature=1.0", "on_policy_fraction=1.0", "on_policy_source=rollout"),
 }
+FINE_TUNING = (
+    "word_kd",
+    "forward_kl at own sampling",
+    "sequence_kd",
+    "lk",
+    "tv",
+    "jsd",
+    "word_kd, captured, lambda 0.5",
+    "distillspec, captured, lambda 1",
+)
+"""Tried on a draft that is good already."""
 LONGER = {"word_kd, 3 epochs": ("distill.epochs=3",)}  # about the tokens of text and captured drafts in two epochs
 
 
@@ -87,13 +99,14 @@ def drift(bench: Bench, data: Path, general: ModelRef) -> None:
     for first, second in FAR_PAIRS:
         pair = f"drift/{first} to {second}"
         evaluations = {name: load_traffic(data, name, "e", NUM_EVALUATION) for name in (first, second)}
-        traffic = {name: load_traffic(data, name, "t", CYCLE * CYCLES[-1], skip=SKIP) for name in (first, second)}
-        old, new = traffic[first][:DRIFT_REQUESTS], traffic[second]
-        again = traffic[first][DRIFT_REQUESTS : DRIFT_REQUESTS + CYCLE]
+        steps = LONG_DRIFT_STEPS if second in LONG_DOMAINS else DRIFT_STEPS
+        ours = load_traffic(data, first, "t", CYCLE * CYCLES[-1], skip=SKIP)
+        old, again = ours[:DRIFT_REQUESTS], ours[DRIFT_REQUESTS : DRIFT_REQUESTS + CYCLE]
+        new = load_traffic(data, second, "t", steps[-1][1], skip=SKIP)
         learnt = _learn(bench, f"{pair}/1 A, {DRIFT_REQUESTS} requests", old, general, evaluations, old)
         unmixed = new[:DRIFT_REQUESTS]
         _learn(bench, f"{pair}/2 B without replay, {DRIFT_REQUESTS} requests", unmixed, learnt, evaluations, unmixed)
-        for start, end in DRIFT_STEPS:
+        for start, end in steps:
             fresh = new[start:end]
             examples = [*fresh, *old[: len(fresh)], *new[:start][-len(fresh) :]]
             learnt = _learn(bench, f"{pair}/3 B with replay, {end} requests", examples, learnt, evaluations, fresh)
@@ -140,6 +153,18 @@ def ablation(bench: Bench, data: Path, pruned: ModelRef) -> None:
             objective = (f"distill.objective.{entry}" for entry in settings)
             overrides = (*SHORT_SETTINGS, f"distill.seed={seed}", *objective, *LONGER.get(name, ()))
             _trained_cell(bench, f"ablation/{name}/{seed}", traffic, evaluation, overrides, pruned)
+
+
+def fine_tuning(bench: Bench, data: Path, general: ModelRef) -> None:
+    """Some objectives again, on the same requests, where the draft is good already; three seeds."""
+    evaluation, traffic = _small(data)
+    if bench.known("fine_tuning/day 0/0") is None:
+        bench.keep("fine_tuning/day 0/0", {**asdict(bench.judge(general, evaluation)), "cpu_s": 0})
+    for seed in SEEDS:
+        for name in FINE_TUNING:
+            objective = (f"distill.objective.{entry}" for entry in OBJECTIVES[name])
+            overrides = (*CYCLE_SETTINGS, f"distill.seed={seed}", *objective)
+            _trained_cell(bench, f"fine_tuning/{name}/{seed}", traffic, evaluation, overrides, general)
 
 
 def _small(data: Path) -> tuple[list[Example], list[Example]]:

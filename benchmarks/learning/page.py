@@ -19,6 +19,11 @@ _COLUMNS = (
     "mean_acceptance_length_sampled",
 )
 _HEADER = ("α, T = 0", "acceptance", "length", "α, T = 0.7", "acceptance", "length")
+_SEEDED = {
+    "captured": "Captured labels against a re-run target",
+    "ablation": "Objectives, a newborn draft",
+    "fine_tuning": "Objectives, the draft of day 0",
+}
 _COST = ("new requests", "their tokens", "tokens trained on", "CPU s", "tokens/s")
 
 
@@ -40,7 +45,7 @@ def write(bench: Bench) -> None:
         ]
     if found := by_experiment.get("drift"):
         parts += ["## Drift", table(("pair / stage", "domain", *_HEADER, *_COST), _drift_rows(found))]
-    for name, title in (("captured", "Captured labels against a re-run target"), ("ablation", "Objectives")):
+    for name, title in _SEEDED.items():
         if found := by_experiment.get(name):
             parts += [f"## {title}", table(("setting", "seeds", *_HEADER, "CPU s"), seed_rows(found))]
     write_page(RESULTS / "learning.md", "How fast a draft learns", machine_line(), parts)
