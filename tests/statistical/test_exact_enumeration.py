@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from redraft.sampling.coupling import DraftedTokens, Layout, accept_invariant, accept_maximal, draw, race
+from redraft.sampling.coupling import DraftedTokens, Layout, accept_choice, accept_maximal, draw, race
 
 TOLERANCE = 1e-6
 Law = dict[tuple[int, ...], float]
@@ -268,7 +268,7 @@ def test_invariant_emission_never_depends_on_the_draft(certain: bool) -> None:
             chosen.append(int(race(torch.tensor(target[chosen])[None], noise[j : j + 1])))
         for path in itertools.product(range(vocab_size), repeat=k):
             rows = torch.tensor(np.array([target[path[:j]] for j in range(k + 1)]))
-            verdict = accept_invariant(rows, drafted_tokens(draft, path, [certain] * k), Layout.of([k]), noise)
+            verdict = accept_choice(race(rows, noise), drafted_tokens(draft, path, [certain] * k), Layout.of([k]))
             count = int(verdict.num_accepted)
             emitted = [*path[:count], int(verdict.final_token)]
             assert emitted == chosen[: count + 1]
@@ -284,7 +284,7 @@ def test_invariant_sequences_of_a_batch_do_not_touch_each_other() -> None:
         choice = race(rows, noise)
         tokens = torch.where(torch.tensor(rng.random(5)) < 0.7, choice[layout.draft_rows], torch.tensor(0))
         drafted = DraftedTokens(tokens, torch.full((5,), -1), torch.empty(0, 4))
-        verdict = accept_invariant(rows, drafted, layout, noise)
+        verdict = accept_choice(race(rows, noise), drafted, layout)
         first_draft = 0
         for number, k in enumerate(layout.num_drafts):
             start, own = int(layout.first_row[number]), tokens[first_draft : first_draft + k]

@@ -10,7 +10,7 @@ from redraft.sampling.coupling import (
     DraftedTokens,
     Layout,
     Verdict,
-    accept_invariant,
+    accept_choice,
     accept_maximal,
     expected_acceptance,
     race,
@@ -81,7 +81,7 @@ def test_race_with_seed_7(position: int, expected: list[float], drafted: int, em
     assert int(race(Q.unsqueeze(0), row)) == drafted
     for proposal in (A, B, C):  # the emitted token is the same whatever was drafted
         tokens = DraftedTokens(torch.tensor([proposal]), torch.tensor([-1]), torch.empty(0, 3))
-        verdict = accept_invariant(P.repeat(2, 1), tokens, Layout.of([1]), row.repeat(2, 1))
+        verdict = accept_choice(race(P.repeat(2, 1), row.repeat(2, 1)), tokens, Layout.of([1]))
         assert int(verdict.num_accepted) == (proposal == emitted)
         assert emitted == (proposal if int(verdict.num_accepted) else int(verdict.final_token))
     assert accepted == (drafted == emitted)

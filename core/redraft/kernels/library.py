@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -58,6 +59,9 @@ class CpuKernels:
         self._lib.redraft_attention.argtypes = attention
         self._lib.redraft_decode.argtypes = (*(c_void_p,) * 3, c_long, *(c_void_p,) * 3)
         self._lib.redraft_start_pool.argtypes = (c_int,)
+        self._lib.redraft_summarise.argtypes = (c_void_p, *(c_long,) * 3, *(c_void_p,) * 5)
+        self._lib.redraft_probabilities.argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 5)
+        self._lib.redraft_race.argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 2)
         self.is_supported = bool(self._lib.redraft_supported())
 
     def start_pool(self, num_threads: int) -> int:
@@ -153,6 +157,62 @@ class CpuKernels:
         _check(status)
         return spent[0], spent[1]
 
+    def summarise(
+        self, logits: Tensor, num_top: int, temperatures: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is kept of rows of logits [rows, vocab_size].
+
+        Args:
+            num_top: at most vocab_size.
+            temperatures: per row; 0 counts as 1.
+
+        Returns:
+            Ids int32 and values [rows, num_top] of the largest logits, best first, of equal ones the smaller id first;
+            logsumexp of the logits and of logits / temperature, [rows].
+        """
+        rows, n = logits.shape
+        ids, values = torch.empty(rows, num_top, dtype=torch.int32), torch.empty(rows, num_top)
+        totals, tempered = torch.empty(2, rows)
+        given = array("f", temperatures)
+        status = self._lib.redraft_summarise(
+            logits.data_ptr(),
+            rows,
+            n,
+            num_top,
+            given.buffer_info()[0],
+            *(result.data_ptr() for result in (ids, values, totals, tempered)),
+        )
+        _check(status)
+        return ids, values, totals, tempered
+
+    def probabilities(
+        self,
+        scores: Tensor,
+        temperatures: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+    ) -> Tensor:
+        """softmax(scores / temperature), cut by top-k (0: not), top-p (1: not) and min-p (0: not).
+
+        Args:
+            scores: [rows, vocab_size]; a row whose largest is not finite gives NaN throughout.
+        """
+        probs = torch.empty_like(scores)
+        parameters = (array("f", temperatures), array("i", top_k), array("d", top_p), array("f", min_p))
+        status = self._lib.redraft_probabilities(
+            scores.data_ptr(), *scores.shape, *(each.buffer_info()[0] for each in parameters), probs.data_ptr()
+        )
+        _check(status)
+        return probs
+
+    def race(self, probs: Tensor, bits: Tensor) -> Tensor:
+        """The winner of each row's exponential race, with 64 random bits a row: [rows, vocab_size], [rows] int64 ->
+        [rows] int64."""
+        winners = torch.empty(probs.shape[0], dtype=torch.int32)
+        self._lib.redraft_race(probs.data_ptr(), *probs.shape, bits.data_ptr(), winners.data_ptr())
+        return winners.long()
+
 
 def attention_items(segments: list[tuple[int, int, int]]) -> Tensor:
     """Cut segments (first token, length, position of the first) into work items for the pool, [items, 4] int32."""
@@ -217,6 +277,12 @@ def library() -> CpuKernels | None:
         return None
     kernels.start_pool(torch.get_num_threads())
     return kernels
+
+
+def kernels_for(rows: Tensor) -> CpuKernels | None:
+    """The kernels, if they can take these rows over a vocabulary as they are: float32 on the CPU, without gradient."""
+    is_plain = rows.dtype is torch.float32 and rows.device.type == "cpu" and not rows.requires_grad
+    return library() if is_plain else None
 
 
 def _check(status: int) -> None:

@@ -7,8 +7,9 @@ rejected, *bonus* if none was.
 - `accept_maximal`: rejection sampling (Leviathan et al. 2023, Chen et al. 2023). d_j is accepted with probability
   min(1, p_j(d_j) / q_j(d_j)); a rejected one is replaced by a draw from max(p_j - q_j, 0), normalised. No coupling
   accepts more often: the rate is the expected acceptance sum_v min(p_v, q_v).
-- `accept_invariant`: the exponential race (Daliri et al. 2024). Both models pick argmin_v E_v / prob_v with the same
-  E, so the emitted token is the target's own pick whatever the draft said: text does not depend on the draft at all.
+- `keyed_race` with `accept_choice`: the exponential race (Daliri et al. 2024). Both models pick argmin_v E_v / prob_v
+  with the same E, so the emitted token is the target's own pick whatever the draft said: text does not depend on the
+  draft at all.
 
 Rows of several sequences are flattened; `Layout` says which row belongs to whom. Randomness is an argument.
 """
@@ -20,6 +21,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from redraft.kernels.library import kernels_for
+from redraft.sampling.randomness import Purpose, exponentials, row_bits
 
 _DRAW_BLOCK = 256
 
@@ -125,6 +129,15 @@ def race(probs: Tensor, exponentials: Tensor) -> Tensor:
     return (exponentials / probs).argmin(dim=1)
 
 
+def keyed_race(probs: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+    """The race with the exponential numbers of (key, position): probs [rows, vocab_size], keys and positions [rows]
+    int64 -> ids [rows]. Whoever holds the same key and position, and nearly the same distribution, picks alike."""
+    kernels = kernels_for(probs)
+    if kernels is not None:
+        return kernels.race(probs.contiguous(), row_bits(keys, positions, Purpose.RACE))
+    return race(probs, exponentials(keys, positions, probs.shape[1]))
+
+
 def _leading(accepted: Tensor, layout: Layout) -> Tensor:
     """Length of each sequence's accepted prefix: accepted [drafted tokens] bool -> [sequences] int64."""
     padded = torch.cat([accepted, accepted.new_zeros(1)])  # the grid's -1 points at the padding
@@ -157,11 +170,6 @@ def accept_maximal(
         empty = rest.sum(dim=1, keepdim=True) <= 0.0
         residual[which] = torch.where(empty, residual[which], rest)
     return Verdict(num_accepted, draw(residual, recover_uniforms[final_row]))
-
-
-def accept_invariant(target: Tensor, drafted: DraftedTokens, layout: Layout, exponentials: Tensor) -> Verdict:
-    """The race: target, exponentials [layout.num_rows, vocab_size]. What is emitted never depends on `drafted`."""
-    return accept_choice(race(target, exponentials), drafted, layout)
 
 
 def accept_choice(choice: Tensor, drafted: DraftedTokens, layout: Layout) -> Verdict:

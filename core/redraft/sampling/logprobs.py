@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redraft.sampling.processors import SamplingRow, untruncated_logsumexp
+from redraft.kernels.library import kernels_for
+from redraft.sampling.processors import SamplingRow, adjusted_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,26 @@ def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> tuple[
 
 def teacher_rows(logits: Tensor, num_top: int, rows: Sequence[SamplingRow]) -> tuple[TeacherRow, ...]:
     """Compress logits [rows, vocab_size] to their `num_top` largest and both normalisers."""
-    best = logits.topk(min(num_top, logits.shape[1]), dim=1)
+    num_top = min(num_top, logits.shape[1])
+    temperatures = [row.params.temperature for row in rows]
+    ids, values, totals, tempered = _summary(logits, num_top, temperatures)
+    adjusted = adjusted_logits(logits, rows)
+    if adjusted is not logits:
+        *_, tempered = _summary(adjusted, 0, temperatures)
     return tuple(
-        TeacherRow(tuple(ids), tuple(values), total, sampling_total)
-        for ids, values, total, sampling_total in zip(
-            best.indices.tolist(),
-            best.values.tolist(),
-            logits.logsumexp(dim=1).tolist(),
-            untruncated_logsumexp(logits, rows),
-            strict=True,
+        TeacherRow(tuple(own_ids), tuple(own_values), total, None if row.params.is_greedy else sampling_total)
+        for row, own_ids, own_values, total, sampling_total in zip(
+            rows, ids.tolist(), values.tolist(), totals.tolist(), tempered.tolist(), strict=True
         )
     )
+
+
+def _summary(logits: Tensor, num_top: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `CpuKernels.summarise`, anywhere."""
+    kernels = kernels_for(logits)
+    if kernels is not None:
+        return kernels.summarise(logits.contiguous(), num_top, temperatures)
+    best = logits.float().topk(num_top, dim=1)
+    slopes = torch.tensor([1.0 / (temperature or 1.0) for temperature in temperatures], device=logits.device)
+    tempered = (logits.float() * slopes.unsqueeze(1)).logsumexp(dim=1)
+    return best.indices, best.values, logits.float().logsumexp(dim=1), tempered

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from redraft.kernels.library import kernels_for
 from redraft.sampling.params import SamplingParams
 
 BANNED = torch.finfo(torch.float32).min  # finite: a row with everything banned is still a distribution
@@ -55,23 +56,6 @@ def probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     if sampled:
         index = torch.tensor(sampled, device=scores.device)
         result[index] = _sampled_rows(scores[index], [rows[i].params for i in sampled])
-    return result
-
-
-def untruncated_logsumexp(logits: Tensor, rows: Sequence[SamplingRow]) -> list[float | None]:
-    """Normaliser of every row before top-k, top-p and min-p cut it: logsumexp over the whole vocabulary of the logits
-    after penalties, bias, bans and temperature. None for a greedy row, whose distribution is its arg max.
-
-    With it a few of a row's largest logits give their exact probabilities at the request's own parameters.
-    """
-    scores = adjusted_logits(logits, rows)
-    sampled = [index for index, row in enumerate(rows) if not row.params.is_greedy]
-    result: list[float | None] = [None] * len(rows)
-    if sampled:
-        temperatures = _column([max(rows[i].params.temperature, 1e-30) for i in sampled], scores)
-        totals = (scores[sampled] / temperatures).logsumexp(dim=1).tolist()
-        for index, total in zip(sampled, totals, strict=True):
-            result[index] = total
     return result
 
 
@@ -117,6 +101,15 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 def _sampled_rows(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Temperature and truncation for rows with temperature > 0: scores [rows, vocab] -> probabilities."""
+    kernels = kernels_for(scores)
+    if kernels is not None:
+        return kernels.probabilities(
+            scores.contiguous(),
+            [p.temperature for p in params],
+            [p.top_k for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+        )
     # with the maximum at 0 no temperature overflows; below 1e-30 float32 itself would make 0 / 0
     scores = scores - scores.max(dim=1, keepdim=True).values
     probs = torch.softmax(scores / _column([max(p.temperature, 1e-30) for p in params], scores), dim=1)

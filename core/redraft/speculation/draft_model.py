@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from redraft.models.runner import Chunk, ModelRunner
-from redraft.sampling.coupling import draw, race
+from redraft.sampling.coupling import draw, keyed_race
 from redraft.sampling.params import Coupling
 from redraft.sampling.processors import adjusted_logits, probabilities
-from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, uniforms
+from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
 from redraft.speculation.length import LengthController
 from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, SequenceProposal, nothing_proposed
 from redraft.speculation.state import SequenceState
@@ -182,5 +182,5 @@ def _sample(q: Tensor, states: Sequence[SequenceState], drafted: Sequence[int]) 
     racing = [i for i, s in enumerate(states) if s.coupling is Coupling.DRAFTER_INVARIANT]
     if racing:
         index = torch.tensor(racing, device=q.device)
-        tokens[index] = race(q[index], exponentials(keys[index], positions[index], q.shape[1]))
+        tokens[index] = keyed_race(q[index], keys[index], positions[index])
     return tokens

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -24,14 +25,14 @@ from redraft.sampling.coupling import (
     Layout,
     Verdict,
     accept_choice,
-    accept_invariant,
     accept_maximal,
     expected_acceptance,
+    keyed_race,
 )
 from redraft.sampling.logprobs import TeacherRow, TokenLogprob, teacher_rows, token_logprobs
 from redraft.sampling.params import Coupling
-from redraft.sampling.processors import adjusted_logits, probabilities
-from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, uniforms
+from redraft.sampling.processors import SamplingRow, adjusted_logits, probabilities
+from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
 from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, nothing_proposed
 from redraft.speculation.state import SequenceState
 
@@ -138,11 +139,12 @@ def speculative_step(
     chunks = [_chunk(w, p) for w, p in zip(work, proposal.sequences, strict=True)]
     logits = target.forward(chunks)
     rows = torch.split(logits, [c.num_logits for c in chunks])
-    accepted = _accept(work, proposal, rows, with_probs=observer is not None)
+    accepted = _accept(work, proposal, logits, rows, with_probs=observer is not None)
+    teacher = _teacher(work, proposal, logits, rows, accepted)
 
     outputs: list[StepOutput] = []
     verified_now: list[Verified] = []
-    for w, p, own_rows, verdict in zip(work, proposal.sequences, rows, accepted, strict=True):
+    for w, p, own_rows, verdict, labels in zip(work, proposal.sequences, rows, accepted, teacher, strict=True):
         prompt_scores = _prompt_logprobs(w, own_rows)
         if verdict is None:
             w.state.num_computed += w.num_tokens
@@ -161,7 +163,7 @@ def speculative_step(
                 verdict.expected,
                 () if w.logprobs is None else token_logprobs(verified[: len(emitted)], list(emitted), w.logprobs),
                 prompt_scores,
-                _teacher(w, p, verified),
+                labels,
             )
         )
         if p.token_ids and proposer is not None:
@@ -198,16 +200,46 @@ def _prompt_logprobs(work: Work, rows: Tensor) -> tuple[TokenLogprob, ...]:
     return token_logprobs(rows[: len(scored)], scored, work.prompt_logprobs) if scored else ()
 
 
-def _teacher(work: Work, proposal: SequenceProposal, verified: Tensor) -> tuple[TeacherRow, ...]:
-    """Labels of the position before each drafted token and of the one after the last, if they are wanted."""
-    if not work.teacher_top_n:
-        return ()
-    rows = [work.state.sampling_row(proposal.token_ids[:j]) for j in range(len(verified))]
-    return teacher_rows(verified, work.teacher_top_n, rows)
+def _teacher(
+    work: Sequence[Work],
+    proposal: Proposal,
+    logits: Tensor,
+    rows: Sequence[Tensor],
+    accepted: Sequence[_Accepted | None],
+) -> list[tuple[TeacherRow, ...]]:
+    """Per sequence, labels of the position before each drafted token and of the one after the last, if wanted."""
+    result: list[tuple[TeacherRow, ...]] = [()] * len(work)
+    wanted: dict[int, list[int]] = {}
+    for i, (w, verdict) in enumerate(zip(work, accepted, strict=True)):
+        if w.teacher_top_n and verdict is not None and verdict.finite:
+            wanted.setdefault(w.teacher_top_n, []).append(i)
+    for num_top, members in wanted.items():
+        verified = _verified(members, proposal, logits, rows)
+        labels = iter(teacher_rows(verified, num_top, _sampling_rows(work, proposal, members)))
+        for i in members:
+            result[i] = tuple(islice(labels, len(proposal.sequences[i].token_ids) + 1))
+    return result
+
+
+def _verified(members: Sequence[int], proposal: Proposal, logits: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """The rows that test these sequences' drafted tokens and the one after, in order; no copy if they are all."""
+    counts = [len(proposal.sequences[i].token_ids) + 1 for i in members]
+    if sum(counts) == len(logits):
+        return logits
+    return torch.cat([rows[i][-count:] for i, count in zip(members, counts, strict=True)])
+
+
+def _sampling_rows(work: Sequence[Work], proposal: Proposal, members: Sequence[int]) -> list[SamplingRow]:
+    """What the rows of `_verified` are processed with."""
+    return [
+        work[i].state.sampling_row(proposal.sequences[i].token_ids[:j])
+        for i in members
+        for j in range(len(proposal.sequences[i].token_ids) + 1)
+    ]
 
 
 def _accept(
-    work: Sequence[Work], proposal: Proposal, rows: Sequence[Tensor], *, with_probs: bool
+    work: Sequence[Work], proposal: Proposal, logits: Tensor, rows: Sequence[Tensor], *, with_probs: bool
 ) -> list[_Accepted | None]:
     """Sample or verify every emitting sequence; None for those in the middle of a prefill."""
     result: list[_Accepted | None] = [None] * len(work)
@@ -218,24 +250,22 @@ def _accept(
             rules.setdefault(None if w.state.params.is_greedy else w.state.coupling, []).append(i)
     for coupling, members in rules.items():
         drafts = [proposal.sequences[i].token_ids for i in members]
-        logits = torch.cat([rows[i][-(len(d) + 1) :] for i, d in zip(members, drafts, strict=True)])
-        sampling_rows = [
-            work[i].state.sampling_row(d[:j]) for i, d in zip(members, drafts, strict=True) for j in range(len(d) + 1)
-        ]
+        verified = _verified(members, proposal, logits, rows)
+        sampling_rows = _sampling_rows(work, proposal, members)
         layout = Layout.of([len(d) for d in drafts], logits.device)
         drafted = proposal.drafted_tokens(members, logits.device)
         probs: Tensor | None = None
         if coupling is None:
-            choice = adjusted_logits(logits, sampling_rows).argmax(dim=1)
+            choice = adjusted_logits(verified, sampling_rows).argmax(dim=1)
             verdict = accept_choice(choice, drafted, layout)
             alphas = drafted.probability_of(choice[layout.draft_rows]).tolist()
             if with_probs:
-                probs = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, choice.unsqueeze(1), 1.0)
+                probs = torch.zeros_like(verified, dtype=torch.float32).scatter_(1, choice.unsqueeze(1), 1.0)
         else:
-            probs = probabilities(logits, sampling_rows)
+            probs = probabilities(verified, sampling_rows)
             verdict = _couple(coupling, probs, drafted, layout, [work[i].state for i in members])
             alphas = expected_acceptance(probs, drafted, layout).tolist()
-        finite = logits.amax(dim=1).isfinite().tolist()
+        finite = verified.amax(dim=1).isfinite().tolist()
         draft_start = row_start = 0
         for i, d, count, token in zip(
             members, drafts, verdict.num_accepted.tolist(), verdict.final_token.tolist(), strict=True
@@ -264,7 +294,7 @@ def _couple(
     row_keys = keys.repeat_interleave(counts)
     row_positions = torch.arange(layout.num_rows, device=device) + (first - layout.first_row).repeat_interleave(counts)
     if coupling is Coupling.DRAFTER_INVARIANT:
-        return accept_invariant(probs, drafted, layout, exponentials(row_keys, row_positions, probs.shape[1]))
+        return accept_choice(keyed_race(probs, row_keys, row_positions), drafted, layout)
     tested = layout.draft_rows
     accept = uniforms(row_keys[tested], row_positions[tested], Purpose.ACCEPT)
     # keyed by the row the token ends up on, which is known only after acceptance: give every row its own number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,8 +12,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from redraft.sampling import processors
 from redraft.sampling.params import SamplingParams
 from redraft.sampling.processors import SamplingRow, probabilities
+
+
+@pytest.fixture(scope="module", autouse=True, params=["kernels", "torch"])
+def _both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds with the compiled kernels, if there are any, and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(processors, "kernels_for", lambda _: None)
+        yield
+
 
 KNIFE_EDGE = 1e-5  # float32 and float64 may disagree on which side of a cut-off a token lies
 

@@ -1,0 +1,124 @@
+"""Sampling's and capture's passes over the vocabulary, beside torch doing the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from redraft.kernels.library import CpuKernels
+from redraft.sampling import processors
+from redraft.sampling.coupling import keyed_race, race
+from redraft.sampling.logprobs import teacher_rows
+from redraft.sampling.params import SamplingParams
+from redraft.sampling.processors import SamplingRow, probabilities
+from redraft.sampling.randomness import exponentials
+
+WIDTHS = (1, 7, 8, 500, 513, 2000, 49152)
+PARAMS = (
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_p=0.95),
+    SamplingParams(temperature=1e-6),
+    SamplingParams(top_k=5),
+    SamplingParams(temperature=1.3, top_k=1500, top_p=0.8),
+    SamplingParams(min_p=0.2),
+    SamplingParams(temperature=30.0, top_p=0.999),
+)
+
+
+def logits_of(rows: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def without_kernels(patch: pytest.MonkeyPatch) -> None:
+    for module in ("processors", "logprobs", "coupling"):
+        patch.setattr(f"redraft.sampling.{module}.kernels_for", lambda _: None)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_probabilities_are_those_of_torch(kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    logits, rows = logits_of(len(PARAMS), width), [SamplingRow(params) for params in PARAMS]
+    found = probabilities(logits, rows)
+    without_kernels(monkeypatch)
+    expected = probabilities(logits, rows)
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=2e-5)
+    assert torch.equal(found > 1e-30, expected > 1e-30)
+    torch.testing.assert_close(found.double().sum(dim=1), torch.ones(len(PARAMS)).double(), atol=1e-6, rtol=0)
+
+
+def test_tokens_tied_with_the_last_one_kept_are_kept(kernels: CpuKernels) -> None:
+    logits = torch.zeros(2, 300)
+    logits[:, 200:] = 1.0
+    rows = [SamplingRow(SamplingParams(top_k=3)), SamplingRow(SamplingParams(top_p=0.01))]
+    for row in probabilities(logits, rows):
+        assert row.nonzero().flatten().tolist() == list(range(200, 300))
+        assert float(row[200]) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [3, 1999, 2003])
+def test_a_row_that_is_no_distribution_is_nan_and_alone_in_it(kernels: CpuKernels, bad: float, place: int) -> None:
+    logits = logits_of(3, 2004)
+    logits[1, place] = bad
+    found = probabilities(logits, [SamplingRow(SamplingParams(top_p=0.9))] * 3)
+    assert bool(found[1].isnan().all())
+    assert bool(found[[0, 2]].isfinite().all())
+
+
+def test_what_is_banned_has_no_probability_at_all(kernels: CpuKernels) -> None:
+    row = SamplingRow(SamplingParams(temperature=50.0), banned_ids=(0, 9))
+    found = probabilities(torch.zeros(1, 10), [row])[0]
+    assert found[[0, 9]].tolist() == [0.0, 0.0]
+    everything = SamplingRow(SamplingParams(), banned_ids=tuple(range(10)))
+    assert probabilities(torch.zeros(1, 10), [everything])[0].tolist() == pytest.approx([0.1] * 10)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("params", PARAMS)
+def test_the_race_has_the_reference_s_winner(kernels: CpuKernels, width: int, params: SamplingParams) -> None:
+    probs = probabilities(logits_of(40, width), [SamplingRow(params)] * 40)
+    keys, positions = torch.arange(40) * 0x5DEECE66D - 7, torch.arange(40) % 11
+    found = keyed_race(probs, keys, positions)
+    noise = exponentials(keys, positions, width)
+    expected = race(probs, noise)
+    times = noise / probs
+    # two tokens may arrive within a rounding of each other
+    lost = times.gather(1, found.unsqueeze(1)) / times.gather(1, expected.unsqueeze(1))
+    assert float(lost.max()) < 1.0 + 1e-6
+    assert int((found != expected).sum()) <= 1
+
+
+def test_a_race_without_runners_ends(kernels: CpuKernels) -> None:
+    probs = torch.full((2, 100), torch.nan)
+    assert keyed_race(probs, torch.tensor([1, 2]), torch.tensor([0, 0])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_teacher_rows_are_those_of_torch(kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    params = (*PARAMS, SamplingParams(temperature=0.0), SamplingParams(temperature=0.5, presence_penalty=1.5))
+    rows = [SamplingRow(each, output_ids=(0,)) for each in params]
+    logits = logits_of(len(rows), width)
+    found = teacher_rows(logits, 32, rows)
+    without_kernels(monkeypatch)
+    for own, expected in zip(found, teacher_rows(logits, 32, rows), strict=True):
+        assert (own.ids, own.logits) == (expected.ids, expected.logits)
+        assert own.logsumexp == pytest.approx(expected.logsumexp, rel=1e-6)
+        if expected.sampling_logsumexp is None:
+            assert own.sampling_logsumexp is None
+        else:
+            assert own.sampling_logsumexp == pytest.approx(expected.sampling_logsumexp, rel=1e-6)
+
+
+def test_equal_logits_are_kept_in_the_order_of_their_ids(kernels: CpuKernels) -> None:
+    logits = torch.zeros(1, 1000)
+    logits[0, [7, 501, 999]] = 1.0
+    (row,) = teacher_rows(logits, 6, [SamplingRow(SamplingParams())])
+    assert row.ids == (7, 501, 999, 0, 1, 2)
+
+
+def test_gradients_and_other_types_go_to_torch(kernels: CpuKernels) -> None:
+    logits = logits_of(2, 50).requires_grad_()
+    row = SamplingRow(SamplingParams(top_p=0.9))
+    probabilities(logits, [row] * 2).square().sum().backward()
+    assert logits.grad is not None
+    assert processors.kernels_for(logits.detach().bfloat16()) is None
