@@ -4,7 +4,8 @@
 
 A server's engine with a draft registry, a few streams that never pause, and a second version of the draft that is
 published meanwhile: it is loaded aside, shadow-scored, tried by a canary and promoted. Every chunk of a stream is a
-step of the engine, so a step that a swap delays shows as a longer gap.
+step of the engine, so a step that a swap delays shows as a longer gap. A step that also computes somebody's prompt is
+longer without any swap, so gaps with a prompt in them are told apart.
 """
 
 from __future__ import annotations
@@ -49,19 +50,22 @@ console = Console()
 
 @dataclass
 class Stream:
-    """Submits one request after the other; notes when each chunk behind the first came, and how long after the last."""
+    """Submits one request after the other; notes each chunk behind a request's first, as from when to when one waited
+    for it, and from when to when each prompt was computed."""
 
     engine: Engine
     prompts: Iterator[Sequence[int]]
     new_tokens: int
     stopping: threading.Event
     gaps: list[tuple[float, float]] = field(default_factory=list)
+    prompts_computed: list[tuple[float, float]] = field(default_factory=list)
     _last: float | None = None
+    _submitted: float = 0.0
     _count: int = 0
 
     def submit(self) -> None:
         self._count += 1
-        self._last = None
+        self._last, self._submitted = None, time.monotonic()
         request = EngineRequest(
             request_id=f"{id(self)}-{self._count}",
             prompt_token_ids=tuple(next(self.prompts)),
@@ -73,8 +77,10 @@ class Stream:
     def _on_events(self, events: list[EngineEvent]) -> None:
         now = time.monotonic()
         if any(isinstance(event, ChoiceDelta) for event in events):
-            if self._last is not None:
-                self.gaps.append((now, now - self._last))
+            if self._last is None:
+                self.prompts_computed.append((self._submitted, now))
+            else:
+                self.gaps.append((self._last, now))
             self._last = now
         if any(isinstance(event, RequestFinished) for event in events) and not self.stopping.is_set():
             threading.Thread(target=self.submit, daemon=True).start()  # not from the engine's own thread
@@ -94,8 +100,8 @@ def main(
     prompts = itertools.cycle([p.token_ids(tokenizer) for p in load_prompts(data, 8).prompts])
     load = OtherLoad()
     with tempfile.TemporaryDirectory() as folder:
-        registry = DraftRegistry(folder)
-        _publish(registry, "v1")
+        registry, manifest = DraftRegistry(folder), _manifest()
+        registry.publish(demo_draft_directory()[0], manifest)
         config = _config(folder, streams, new_tokens, shadow_positions)
         metrics = ServerMetrics(CollectorRegistry(), "demo", max_draft_tokens=4)
         supply = DraftSupply(config, metrics)
@@ -116,7 +122,8 @@ def main(
             stream.submit()
         _wait(_after(3.0))
         begin("before", _after(seconds))
-        _publish(registry, "v2")
+        marks.append(("publish (here, elsewhere in earnest)", time.monotonic()))
+        registry.publish(demo_draft_directory()[0], manifest.model_copy(update={"version": "v2"}))
         begin("load", lambda: rollout.state != "idle")
         begin("shadow", lambda: rollout.state != "shadow")
         begin("canary", lambda: rollout.state == "idle")
@@ -130,21 +137,18 @@ def main(
     _report(output, running, marks, active, load)
 
 
-def _publish(registry: DraftRegistry, version: str) -> None:
-    directory, name, _ = demo_draft_directory()
+def _manifest() -> DraftManifest:
+    """Of the draft that comes with the package, as version v1."""
     target = resolve_source(ModelRef.parse("demo"), cache_dir=None).directory
-    tokenizer = load_tokenizer(ModelRef.parse("demo"))
-    manifest = DraftManifest(
-        version=version,
+    return DraftManifest(
+        version="v1",
         created_unix_s=time.time(),
-        files=describe_directory(directory),
+        files=describe_directory(demo_draft_directory()[0]),
         target_name="demo",
         target_fingerprint=weights_fingerprint(target),
-        tokenizer_fingerprint=tokenizer.fingerprint,
+        tokenizer_fingerprint=load_tokenizer(ModelRef.parse("demo")).fingerprint,
         num_parameters=1,
     )
-    console.print(f"Publishing {name} as {version}")
-    registry.publish(directory, manifest)
 
 
 def _config(folder: str, streams: int, new_tokens: int, shadow_positions: int) -> ServerConfig:
@@ -175,19 +179,20 @@ def _wait(until: Callable[[], bool]) -> None:
 def _report(
     output: Path, streams: Sequence[Stream], marks: Sequence[tuple[str, float]], active: str, load: OtherLoad
 ) -> None:
+    prompts = [span for stream in streams for span in stream.prompts_computed]
     rows: list[list[str]] = []
-    usual = 0.0
     for (stage, start), (_, end) in itertools.pairwise(marks):
-        gaps = sorted(gap for stream in streams for at, gap in stream.gaps if start <= at < end)
-        if not gaps:
-            rows.append([stage, f"{end - start:.1f}", "0", "", "", "", ""])
+        spans = [span for stream in streams for span in stream.gaps if start <= span[1] < end]
+        alone = [t1 - t0 for t0, t1 in spans if not any(p0 < t1 and t0 < p1 for p0, p1 in prompts)]
+        gaps = sorted(t1 - t0 for t0, t1 in spans)
+        if not alone:
+            rows.append([stage, f"{end - start:.1f}", str(len(gaps)), *[""] * 5])
             continue
-        median = statistics.median(gaps)
-        usual = usual or median
         p99 = gaps[int(0.99 * (len(gaps) - 1))]
-        figures = [f"{1000 * value:.0f}" for value in (median, p99, gaps[-1])]
-        rows.append([stage, f"{end - start:.1f}", str(len(gaps)), *figures, f"{gaps[-1] / usual:.2f}"])
-    header = ("stage", "seconds", "chunks", "median ms", "99% ms", "longest ms", "longest / median before")
+        median, longest = statistics.median(alone), max(alone)
+        figures = [f"{1000 * value:.0f}" for value in (median, p99, gaps[-1], longest)]
+        rows.append([stage, f"{end - start:.1f}", str(len(gaps)), *figures, f"{longest / median:.2f}"])
+    header = ("stage", "seconds", "chunks", "median ms", "99% ms", "longest ms", "without a prompt ms", "over median")
     shown = table(header, rows)
     console.print(shown)
     parts = [f"Active at the end: {active}. {load.describe()}.", shown]

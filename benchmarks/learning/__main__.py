@@ -15,11 +15,12 @@ import typer
 from benchmarks.learning import experiments
 from benchmarks.learning.bench import FOLDER, Bench
 from benchmarks.learning.page import write
+from benchmarks.learning.speed import speed
 from benchmarks.prompts import DEFAULT_DATA
 from redraft.models.ref import ModelRef
 from redraft_training.student.prune import init_draft
 
-_ALL = "domains,drift,captured,ablation,fine_tuning"
+_ALL = "domains,drift,captured,ablation,fine_tuning,speed"
 
 
 def main(
@@ -41,6 +42,8 @@ def main(
             experiments.ablation(bench, data, short)
         elif name == "fine_tuning":
             experiments.fine_tuning(bench, data, day0)
+        elif name == "speed":
+            speed(bench, data, day0, first)
         else:
             raise typer.BadParameter(f"{name} is none of {_ALL}", param_hint="--only")
     write(bench)

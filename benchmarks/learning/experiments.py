@@ -59,10 +59,8 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
 FINE_TUNING = (
     "word_kd",
     "forward_kl at own sampling",
-    "sequence_kd",
     "lk",
     "tv",
-    "jsd",
     "word_kd, captured, lambda 0.5",
     "distillspec, captured, lambda 1",
 )

@@ -19,6 +19,7 @@ _COLUMNS = (
     "mean_acceptance_length_sampled",
 )
 _HEADER = ("α, T = 0", "acceptance", "length", "α, T = 0.7", "acceptance", "length")
+_SPEED_HEADER = ("T = 0: ratio", "tokens/s", "without", "T = 0.7: ratio", "tokens/s", "without")
 _SEEDED = {
     "captured": "Captured labels against a re-run target",
     "ablation": "Objectives, a newborn draft",
@@ -45,6 +46,13 @@ def write(bench: Bench) -> None:
         ]
     if found := by_experiment.get("drift"):
         parts += ["## Drift", table(("pair / stage", "domain", *_HEADER, *_COST), _drift_rows(found))]
+    if found := by_experiment.get("speed"):
+        parts += [
+            "## Tokens a second",
+            "One stream, prefill included, with the draft (adaptive length, at most "
+            f"{K}) over without it in turn: median and quartiles over the prompts.",
+            table(("domain / draft", *_SPEED_HEADER), [[key, *_speed(found[key])] for key in sorted(found)]),
+        ]
     for name, title in _SEEDED.items():
         if found := by_experiment.get(name):
             parts += [f"## {title}", table(("setting", "seeds", *_HEADER, "CPU s"), seed_rows(found))]
@@ -92,6 +100,17 @@ def seed_rows(found: dict[str, Any]) -> list[list[str]]:
 
 def _numbers(judged: dict[str, float]) -> list[str]:
     return [f"{judged[column]:.3f}" for column in _COLUMNS]
+
+
+def _speed(measured: dict[str, Any]) -> list[str]:
+    """Ratio, tokens/s with the draft and without, greedy and sampled."""
+    shown = []
+    for kind in ("greedy", "sampled"):
+        found = measured[kind]
+        low, high = found["quartiles"]
+        shown += [f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"]
+        shown += [f"{found[name]:.1f}" for name in ("tokens_per_s", "tokens_per_s_off")]
+    return shown
 
 
 def _mean(values: list[dict[str, float]], column: str) -> float:

@@ -61,7 +61,9 @@ class CpuKernels:
         self._lib.redraft_start_pool.argtypes = (c_int,)
         self._lib.redraft_summarise.argtypes = (c_void_p, *(c_long,) * 3, *(c_void_p,) * 5)
         self._lib.redraft_probabilities.argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 5)
-        self._lib.redraft_race.argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 2)
+        for name in ("race", "draw", "peaks"):
+            getattr(self._lib, f"redraft_{name}").argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 2)
+        self._lib.redraft_overlaps.argtypes = (*(c_void_p,) * 4, *(c_long,) * 2, c_void_p)
         self.is_supported = bool(self._lib.redraft_supported())
 
     def start_pool(self, num_threads: int) -> int:
@@ -209,9 +211,37 @@ class CpuKernels:
     def race(self, probs: Tensor, bits: Tensor) -> Tensor:
         """The winner of each row's exponential race, with 64 random bits a row: [rows, vocab_size], [rows] int64 ->
         [rows] int64."""
-        winners = torch.empty(probs.shape[0], dtype=torch.int32)
+        winners = torch.empty(probs.shape[0], dtype=torch.int64)
         self._lib.redraft_race(probs.data_ptr(), *probs.shape, bits.data_ptr(), winners.data_ptr())
-        return winners.long()
+        return winners
+
+    def draw(self, weights: Tensor, uniforms: Tensor) -> Tensor:
+        """The id at which each row's cumulative sum passes uniform * total, never one of weight 0 unless all are.
+
+        Args:
+            weights: [rows, vocab_size].
+            uniforms: [rows] float64.
+
+        Returns:
+            [rows] int64.
+        """
+        ids = torch.empty(weights.shape[0], dtype=torch.int64)
+        self._lib.redraft_draw(weights.data_ptr(), *weights.shape, uniforms.data_ptr(), ids.data_ptr())
+        return ids
+
+    def peaks(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest of each row [rows, vocab_size] and its first id, [rows] int64; NaN and 0 where one is NaN."""
+        ids, values = torch.empty(scores.shape[0], dtype=torch.int64), torch.empty(scores.shape[0])
+        self._lib.redraft_peaks(scores.data_ptr(), *scores.shape, ids.data_ptr(), values.data_ptr())
+        return values, ids
+
+    def overlaps(self, p: Tensor, p_rows: Tensor, q: Tensor, q_rows: Tensor) -> Tensor:
+        """sum_v min(p_v, q_v) of pairs of rows of p and q [rows, vocab_size]; the rows' indices are int64 [pairs]."""
+        result = torch.empty(len(p_rows))
+        self._lib.redraft_overlaps(
+            p.data_ptr(), p_rows.data_ptr(), q.data_ptr(), q_rows.data_ptr(), len(p_rows), p.shape[1], result.data_ptr()
+        )
+        return result
 
 
 def attention_items(segments: list[tuple[int, int, int]]) -> Tensor:

@@ -104,6 +104,9 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     vocabulary is slow. Never returns an id of probability 0: the sum is flat there and the search takes the first id
     above.
     """
+    kernels = kernels_for(probs)
+    if kernels is not None:
+        return kernels.draw(probs.contiguous(), uniforms.double().contiguous())
     rows = torch.arange(probs.shape[0], device=probs.device)
     blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % _DRAW_BLOCK)).view(len(rows), -1, _DRAW_BLOCK)
     masses = blocks.sum(dim=2, dtype=torch.float64)
@@ -182,9 +185,13 @@ def accept_choice(choice: Tensor, drafted: DraftedTokens, layout: Layout) -> Ver
 
 def expected_acceptance(target: Tensor, drafted: DraftedTokens, layout: Layout) -> Tensor:
     """sum_v min(p_v, q_v) at every tested row, [drafted tokens] float32 (= 1 - total variation distance)."""
-    rows = target[layout.draft_rows]
-    certain = rows.gather(1, drafted.token_ids.unsqueeze(1)).squeeze(1)
+    certain = target[layout.draft_rows, drafted.token_ids]
     if not len(drafted.probs):
         return certain
-    spread = torch.minimum(rows, drafted.probs[drafted.prob_row.clamp(min=0)]).sum(dim=1)
-    return torch.where(drafted.prob_row < 0, certain, spread)
+    q_rows = drafted.prob_row.clamp(min=0)
+    kernels = kernels_for(target) and kernels_for(drafted.probs)
+    if kernels is not None:
+        overlap = kernels.overlaps(target.contiguous(), layout.draft_rows, drafted.probs.contiguous(), q_rows)
+    else:
+        overlap = torch.minimum(target[layout.draft_rows], drafted.probs[q_rows]).sum(dim=1)
+    return torch.where(drafted.prob_row < 0, certain, overlap)

@@ -59,6 +59,15 @@ def probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return result
 
 
+def peaks(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of scores [rows, vocab_size] (NaN if one is NaN) and its id, both [rows]."""
+    kernels = kernels_for(scores)
+    if kernels is not None:
+        return kernels.peaks(scores.contiguous())
+    values, ids = scores.max(dim=1)
+    return values, ids
+
+
 def adjusted_logits(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """logits [rows, vocab_size] as float32, after penalties, bias and bans; the argument itself if nothing changes.
 

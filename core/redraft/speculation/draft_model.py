@@ -11,7 +11,7 @@ from torch import Tensor
 from redraft.models.runner import Chunk, ModelRunner
 from redraft.sampling.coupling import draw, keyed_race
 from redraft.sampling.params import Coupling
-from redraft.sampling.processors import adjusted_logits, probabilities
+from redraft.sampling.processors import adjusted_logits, peaks, probabilities
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
 from redraft.speculation.length import LengthController
 from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, SequenceProposal, nothing_proposed
@@ -156,7 +156,7 @@ def _draw_tokens(
     sampled = [i for i, state in enumerate(states) if not state.params.is_greedy]
     tokens = torch.empty(len(states), dtype=torch.int64, device=logits.device)
     if greedy:
-        tokens[greedy] = adjusted_logits(_rows(logits, greedy), [rows[i] for i in greedy]).argmax(dim=1)
+        _, tokens[greedy] = peaks(adjusted_logits(_rows(logits, greedy), [rows[i] for i in greedy]))
     if not sampled:
         return tokens.tolist(), logits[:0].float()
     q = probabilities(_rows(logits, sampled), [rows[i] for i in sampled])
@@ -178,9 +178,12 @@ def _sample(q: Tensor, states: Sequence[SequenceState], drafted: Sequence[int]) 
         [state.num_output_tokens + depth for state, depth in zip(states, drafted, strict=True)],
         device=q.device,
     )
-    tokens = draw(q, uniforms(keys, positions, Purpose.DRAFT))
+    tokens = torch.empty_like(positions)
     racing = [i for i, s in enumerate(states) if s.coupling is Coupling.DRAFTER_INVARIANT]
+    drawing = [i for i, s in enumerate(states) if s.coupling is not Coupling.DRAFTER_INVARIANT]
     if racing:
-        index = torch.tensor(racing, device=q.device)
-        tokens[index] = keyed_race(q[index], keys[index], positions[index])
+        tokens[racing] = keyed_race(_rows(q, racing), keys[racing], positions[racing])
+    if drawing:
+        chances = uniforms(keys[drawing], positions[drawing], Purpose.DRAFT)
+        tokens[drawing] = draw(_rows(q, drawing), chances)
     return tokens

@@ -31,7 +31,7 @@ from redraft.sampling.coupling import (
 )
 from redraft.sampling.logprobs import TeacherRow, TokenLogprob, teacher_rows, token_logprobs
 from redraft.sampling.params import Coupling
-from redraft.sampling.processors import SamplingRow, adjusted_logits, probabilities
+from redraft.sampling.processors import SamplingRow, adjusted_logits, peaks, probabilities
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
 from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, nothing_proposed
 from redraft.speculation.state import SequenceState
@@ -254,9 +254,12 @@ def _accept(
         sampling_rows = _sampling_rows(work, proposal, members)
         layout = Layout.of([len(d) for d in drafts], logits.device)
         drafted = proposal.drafted_tokens(members, logits.device)
+        largest, choice = peaks(verified)
         probs: Tensor | None = None
         if coupling is None:
-            choice = adjusted_logits(verified, sampling_rows).argmax(dim=1)
+            adjusted = adjusted_logits(verified, sampling_rows)
+            if adjusted is not verified:
+                _, choice = peaks(adjusted)
             verdict = accept_choice(choice, drafted, layout)
             alphas = drafted.probability_of(choice[layout.draft_rows]).tolist()
             if with_probs:
@@ -265,7 +268,7 @@ def _accept(
             probs = probabilities(verified, sampling_rows)
             verdict = _couple(coupling, probs, drafted, layout, [work[i].state for i in members])
             alphas = expected_acceptance(probs, drafted, layout).tolist()
-        finite = verified.amax(dim=1).isfinite().tolist()
+        finite = largest.isfinite().tolist()
         draft_start = row_start = 0
         for i, d, count, token in zip(
             members, drafts, verdict.num_accepted.tolist(), verdict.final_token.tolist(), strict=True

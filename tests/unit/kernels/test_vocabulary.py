@@ -8,10 +8,10 @@ from torch import Tensor
 
 from redraft.kernels.library import CpuKernels
 from redraft.sampling import processors
-from redraft.sampling.coupling import keyed_race, race
+from redraft.sampling.coupling import DraftedTokens, Layout, draw, expected_acceptance, keyed_race, race
 from redraft.sampling.logprobs import teacher_rows
 from redraft.sampling.params import SamplingParams
-from redraft.sampling.processors import SamplingRow, probabilities
+from redraft.sampling.processors import SamplingRow, peaks, probabilities
 from redraft.sampling.randomness import exponentials
 
 WIDTHS = (1, 7, 8, 500, 513, 2000, 49152)
@@ -86,6 +86,55 @@ def test_the_race_has_the_reference_s_winner(kernels: CpuKernels, width: int, pa
     lost = times.gather(1, found.unsqueeze(1)) / times.gather(1, expected.unsqueeze(1))
     assert float(lost.max()) < 1.0 + 1e-6
     assert int((found != expected).sum()) <= 1
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_draws_are_those_of_torch(kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    probs = probabilities(logits_of(60, width), [SamplingRow(PARAMS[i % len(PARAMS)]) for i in range(60)])
+    probs[::2] *= 0.3  # a residual is not normalised
+    chances = torch.rand(60, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    chances[:2] = torch.tensor([1e-300, 1.0 - 2.0**-53])
+    found = draw(probs, chances)
+    without_kernels(monkeypatch)
+    expected = draw(probs, chances)
+    assert int((found != expected).sum()) <= 1  # a sum in another order may end a rounding away
+    assert bool((probs.gather(1, found.unsqueeze(1)) > 0).all())
+
+
+def test_a_draw_never_takes_what_has_no_weight(kernels: CpuKernels) -> None:
+    weights = torch.zeros(3, 1500)
+    weights[0, 700], weights[1, [3, 1400]] = 0.2, torch.tensor([1e-30, 1.0])
+    almost = 1.0 - 2.0**-53
+    assert draw(weights, torch.tensor([almost, 0.5, 0.5])).tolist()[:2] == [700, 1400]
+    assert draw(weights[:2], torch.tensor([1e-300, 1e-300])).tolist() == [700, 3]
+    assert draw(torch.full((1, 9), torch.nan), torch.tensor([0.5])).tolist() == [0]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_peaks_are_those_of_torch(kernels: CpuKernels, width: int) -> None:
+    scores = logits_of(20, width)
+    scores[3, -1] = torch.nan
+    scores[4] = 1.5
+    scores[5] = -torch.inf
+    values, ids = peaks(scores)
+    assert bool(values[3].isnan())
+    whole = [i for i in range(20) if i != 3]
+    assert torch.equal(values[whole], scores[whole].amax(dim=1))
+    assert torch.equal(ids[whole], scores[whole].argmax(dim=1))
+    assert ids[[4, 5]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_expected_acceptance_is_that_of_torch(kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    p, q = (probabilities(logits_of(7, width, seed), [SamplingRow(PARAMS[1])] * 7) for seed in (1, 2))
+    q[3] = p[5]
+    tokens = torch.tensor([0, width - 1, 0, 0, 0])
+    drafted = DraftedTokens(tokens, torch.tensor([4, -1, 0, 3, 1]), q)
+    layout = Layout.of([2, 0, 3])
+    found = expected_acceptance(p, drafted, layout)
+    without_kernels(monkeypatch)
+    torch.testing.assert_close(found, expected_acceptance(p, drafted, layout))
+    assert float(found[3]) == pytest.approx(1.0 if width == 1 else float(torch.minimum(p[5], q[3]).sum()))
 
 
 def test_a_race_without_runners_ends(kernels: CpuKernels) -> None:

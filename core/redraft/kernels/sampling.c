@@ -1,0 +1,205 @@
+/* From scores to tokens: distributions, draws from them, and the exponential race. Row by row, as in vocabulary.c. */
+
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "vocabulary.h"
+
+/* -- probabilities ----------------------------------------------------------------------------------------------- */
+
+typedef struct {
+  const float *scores;
+  long n;
+  const float *temperatures;
+  const int32_t *top_k;
+  const double *top_p;
+  const float *min_p;
+  float *probs;
+  atomic_int failed;
+} probability_job;
+
+/* The smallest term that top-k and top-p keep, or -1 if memory ran out. `total` is the sum of all terms. */
+AVX2 static float nucleus(const float *terms, long n, double total, long top_k, double top_p) {
+  int has_top_k = top_k > 0 && top_k < n;
+  if (!has_top_k && top_p >= 1.0) return 0.0f;
+  for (long width = has_top_k ? top_k : 64;; width = width < 1024 ? 1024 : n) { /* a nucleus is nearly always small */
+    if (width > n) width = n;
+    entry *best = malloc(width * sizeof(entry));
+    if (!best) return -1.0f;
+    largest(terms, n, best, width);
+    double left = total, mass = 0.0;
+    long last = 0;
+    if (has_top_k) { /* top-p is of what top-k left */
+      left = 0.0;
+      for (long i = 0; i < width; i++) left += best[i].value;
+    }
+    while (last < width && (mass += best[last].value) < top_p * left) last++;
+    int is_found = last < width || width == n || has_top_k;
+    float least = best[top_p < 1.0 && last < width ? last : width - 1].value;
+    free(best);
+    if (is_found) return least;
+  }
+}
+
+AVX2 static void probability_item(void *arg, long row) {
+  probability_job *job = arg;
+  long n = job->n;
+  const float *x = job->scores + row * n;
+  float *probs = job->probs + row * n, most = maximum(x, n);
+  if (!isfinite(most)) { /* no distribution */
+    for (long i = 0; i < n; i++) probs[i] = NAN;
+    return;
+  }
+  /* below 1e-30 float32 itself would make 0 * inf of the largest */
+  double total = sum_exp(x, n, most, 1.0f / fmaxf(job->temperatures[row], 1e-30f), probs);
+  float least = nucleus(probs, n, total, job->top_k[row], job->top_p[row]);
+  if (least < 0.0f) { atomic_store(&job->failed, 1); return; }
+  least = fmaxf(least, job->min_p[row]); /* the largest term is 1 */
+  if (least > 0.0f) {
+    __m256 floor = _mm256_set1_ps(least);
+    total = 0.0;
+    for (long start = 0; start < n; start += BLOCK) {
+      long end = start + BLOCK < n ? start + BLOCK : n;
+      __m256 sum = _mm256_setzero_ps();
+      for (long i = start; i < end; i += 8) {
+        __m256 v = load_rest(probs, i, end);
+        v = _mm256_and_ps(v, _mm256_cmp_ps(v, floor, _CMP_GE_OQ));
+        sum = _mm256_add_ps(sum, v);
+        store_rest(probs, i, end, v);
+      }
+      total += sum8(sum);
+    }
+  }
+  __m256 divisor = _mm256_set1_ps((float)total);
+  long i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(probs + i, _mm256_div_ps(_mm256_loadu_ps(probs + i), divisor));
+  for (; i < n; i++) probs[i] /= (float)total;
+}
+
+/* Rows of softmax(scores / temperature), cut by top-k (0: not), top-p of what that left (1: not) and min-p (0: not),
+ * renormalised; NaN throughout where the largest score is not finite. Returns 0, or -1 if memory ran out. */
+int redraft_probabilities(const float *scores, long rows, long n, const float *temperatures, const int32_t *top_k,
+                          const double *top_p, const float *min_p, float *probs) {
+  probability_job job = {scores, n, temperatures, top_k, top_p, min_p, probs, 0};
+  pool_enter();
+  pool_run(probability_item, &job, rows);
+  pool_leave();
+  return atomic_load(&job.failed) ? -1 : 0;
+}
+
+/* -- draws ------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+  const float *weights;
+  long n;
+  const double *uniforms;
+  int64_t *ids;
+} draw_job;
+
+/* Of the block of x [n] that begins at `start`. */
+INLINE double block_sum(const float *x, long start, long n) {
+  long end = start + BLOCK < n ? start + BLOCK : n;
+  __m256d sum = _mm256_setzero_pd();
+  long i = start;
+  for (; i + 4 <= end; i += 4) sum = _mm256_add_pd(sum, _mm256_cvtps_pd(_mm_loadu_ps(x + i)));
+  double lanes[4], total;
+  _mm256_storeu_pd(lanes, sum);
+  total = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+  for (; i < end; i++) total += x[i];
+  return total;
+}
+
+AVX2 static void draw_item(void *arg, long row) {
+  draw_job *job = arg;
+  const float *x = job->weights + row * job->n;
+  double total = 0.0, mass = 0.0, before = 0.0;
+  for (long start = 0; start < job->n; start += BLOCK) total += block_sum(x, start, job->n);
+  double target = job->uniforms[row] * total;
+  long block = 0; /* where the target is passed; the last with any weight, if rounding brings it beyond them all */
+  for (long start = 0; start < job->n && mass <= target; start += BLOCK) {
+    double own = block_sum(x, start, job->n);
+    if (!(own > 0.0)) continue;
+    block = start;
+    before = mass;
+    mass += own;
+  }
+  int64_t chosen = 0;
+  for (long i = block; i < block + BLOCK && i < job->n; i++) {
+    if (!(x[i] > 0.0f)) continue;
+    chosen = i;
+    if ((before += x[i]) > target) break;
+  }
+  job->ids[row] = chosen;
+}
+
+/* The id at which the cumulative sum of a row's weights passes uniform * total; never one of weight 0, unless all are.
+ * Any id where the weights are NaN. */
+void redraft_draw(const float *weights, long rows, long n, const double *uniforms, int64_t *ids) {
+  draw_job job = {weights, n, uniforms, ids};
+  pool_enter();
+  pool_run(draw_item, &job, rows);
+  pool_leave();
+}
+
+/* -- the exponential race ---------------------------------------------------------------------------------------- */
+
+typedef struct {
+  const float *probs;
+  long n;
+  const uint64_t *bits;
+  int64_t *winners;
+} race_job;
+
+/* MurmurHash3's finaliser */
+INLINE __m256i mix32(__m256i v) {
+  v = _mm256_xor_si256(v, _mm256_srli_epi32(v, 16));
+  v = _mm256_mullo_epi32(v, _mm256_set1_epi32((int)0x85EBCA6Bu));
+  v = _mm256_xor_si256(v, _mm256_srli_epi32(v, 13));
+  v = _mm256_mullo_epi32(v, _mm256_set1_epi32((int)0xC2B2AE35u));
+  return _mm256_xor_si256(v, _mm256_srli_epi32(v, 16));
+}
+
+/* u of eight ids from `first` on, as redraft.sampling.randomness.exponentials has it before the logarithm */
+INLINE __m256 uniforms(int32_t first, uint64_t bits) {
+  __m256i id = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  __m256i counter = _mm256_mullo_epi32(id, _mm256_set1_epi32((int)0x9E3779B1u));
+  __m256i mixed = mix32(_mm256_add_epi32(counter, _mm256_set1_epi32((int)(uint32_t)bits)));
+  mixed = mix32(_mm256_xor_si256(mixed, _mm256_set1_epi32((int)(uint32_t)(bits >> 32))));
+  __m256 negative = _mm256_castsi256_ps(_mm256_srai_epi32(mixed, 31));
+  __m256 whole = _mm256_add_ps(_mm256_cvtepi32_ps(mixed), _mm256_and_ps(negative, _mm256_set1_ps(4294967296.0f)));
+  return _mm256_mul_ps(_mm256_add_ps(whole, _mm256_set1_ps(0.5f)), _mm256_set1_ps(1.0f / 4294967296.0f));
+}
+
+AVX2 static void race_item(void *arg, long row) {
+  race_job *job = arg;
+  const float *probs = job->probs + row * job->n;
+  float best = INFINITY;
+  int64_t winner = 0;
+  for (long i = 0; i < job->n; i += 8) {
+    __m256 p = load_rest(probs, i, job->n);
+    __m256 possible = _mm256_cmp_ps(p, _mm256_setzero_ps(), _CMP_GT_OQ);
+    if (!_mm256_movemask_ps(possible)) continue;
+    __m256 u = uniforms((int32_t)i, job->bits[row]);
+    /* -log(1 - u) >= u, up to rounding: few can still win, and only they need the logarithm */
+    __m256 close = _mm256_cmp_ps(u, _mm256_mul_ps(_mm256_set1_ps(best * 1.000001f), p), _CMP_LE_OQ);
+    int lanes = _mm256_movemask_ps(_mm256_and_ps(possible, close));
+    float each_u[8], each_p[8];
+    if (!lanes) continue;
+    _mm256_storeu_ps(each_u, u);
+    _mm256_storeu_ps(each_p, p);
+    for (; lanes; lanes &= lanes - 1) {
+      int lane = __builtin_ctz(lanes);
+      float time = fminf(-log1pf(-each_u[lane]), 32.0f) / each_p[lane];
+      if (time < best) { best = time; winner = i + lane; }
+    }
+  }
+  job->winners[row] = winner;
+}
+
+/* argmin over the ids of E / p, E from 64 random bits a row; the first id where nothing has a probability. */
+void redraft_race(const float *probs, long rows, long n, const uint64_t *bits, int64_t *winners) {
+  race_job job = {probs, n, bits, winners};
+  pool_enter();
+  pool_run(race_item, &job, rows);
+  pool_leave();
+}
