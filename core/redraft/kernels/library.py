@@ -63,6 +63,7 @@ class CpuKernels:
         self._lib.redraft_probabilities.argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 5)
         for name in ("race", "draw", "peaks"):
             getattr(self._lib, f"redraft_{name}").argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 2)
+        self._lib.redraft_row_bits.argtypes = (*(c_void_p,) * 2, *(c_long,) * 2, c_void_p)
         self._lib.redraft_overlaps.argtypes = (*(c_void_p,) * 4, *(c_long,) * 2, c_void_p)
         self.is_supported = bool(self._lib.redraft_supported())
 
@@ -214,6 +215,12 @@ class CpuKernels:
         winners = torch.empty(probs.shape[0], dtype=torch.int64)
         self._lib.redraft_race(probs.data_ptr(), *probs.shape, bits.data_ptr(), winners.data_ptr())
         return winners
+
+    def row_bits(self, keys: Tensor, positions: Tensor, purpose: int) -> Tensor:
+        """64 random bits a row: keys and positions [rows] int64 -> [rows] int64."""
+        bits = torch.empty_like(keys)
+        self._lib.redraft_row_bits(keys.data_ptr(), positions.data_ptr(), len(keys), purpose, bits.data_ptr())
+        return bits
 
     def draw(self, weights: Tensor, uniforms: Tensor) -> Tensor:
         """The id at which each row's cumulative sum passes uniform * total, never one of weight 0 unless all are.

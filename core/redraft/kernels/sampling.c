@@ -143,6 +143,18 @@ void redraft_draw(const float *weights, long rows, long n, const double *uniform
 
 /* -- the exponential race ---------------------------------------------------------------------------------------- */
 
+INLINE uint64_t mix64(uint64_t v) {
+  v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9u;
+  v = (v ^ v >> 27) * 0x94D049BB133111EBu;
+  return v ^ v >> 31;
+}
+
+/* redraft.sampling.randomness.row_bits */
+AVX2 void redraft_row_bits(const uint64_t *keys, const uint64_t *positions, long rows, uint64_t purpose, uint64_t *bits) {
+  for (long row = 0; row < rows; row++)
+    bits[row] = mix64(mix64(keys[row] + (positions[row] + 1) * 0x9E3779B97F4A7C15u) + purpose * 0xD1B54A32D192ED03u);
+}
+
 typedef struct {
   const float *probs;
   long n;

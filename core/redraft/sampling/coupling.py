@@ -43,15 +43,19 @@ class Layout:
 
     @classmethod
     def of(cls, num_drafts: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-        counts = torch.tensor(num_drafts, dtype=torch.int64)
-        first_row = (counts + 1).cumsum(0) - (counts + 1)
-        first_draft = counts.cumsum(0) - counts
-        column = torch.arange(max(num_drafts, default=0))
-        grid = first_draft.unsqueeze(1) + column
-        grid = torch.where(column < counts.unsqueeze(1), grid, -1)
-        owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        draft_rows = torch.arange(int(counts.sum())) + owner
-        return cls(tuple(num_drafts), first_row.to(device), draft_rows.to(device), grid.to(device))
+        width = max(num_drafts, default=0)
+        first_row: list[int] = []
+        draft_rows: list[int] = []
+        grid: list[list[int]] = []
+        row = 0
+        for count in num_drafts:
+            first_row.append(row)
+            grid.append([*range(len(draft_rows), len(draft_rows) + count), *[-1] * (width - count)])
+            draft_rows += range(row, row + count)
+            row += count + 1
+        first, tested = (torch.tensor(rows, dtype=torch.int64, device=device) for rows in (first_row, draft_rows))
+        draft_grid = torch.tensor(grid, dtype=torch.int64, device=device).view(len(grid), width)
+        return cls(tuple(num_drafts), first, tested, draft_grid)
 
     @property
     def num_rows(self) -> int:

@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from redraft.kernels.library import library
+
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -62,6 +64,9 @@ def _mix64(value: Tensor) -> Tensor:
 
 def row_bits(keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
     """64 random bits a row: keys [rows] int64, positions [rows] int64 -> [rows] int64."""
+    kernels = library() if keys.device.type == "cpu" else None
+    if kernels is not None:
+        return kernels.row_bits(keys.contiguous(), positions.contiguous(), int(purpose))
     counter = _mix64(keys + (positions + 1) * _signed(_GOLDEN))
     return _mix64(counter + _signed((int(purpose) * 0xD1B54A32D192ED03) & _MASK64))
 

@@ -12,7 +12,7 @@ from redraft.sampling.coupling import DraftedTokens, Layout, draw, expected_acce
 from redraft.sampling.logprobs import teacher_rows
 from redraft.sampling.params import SamplingParams
 from redraft.sampling.processors import SamplingRow, peaks, probabilities
-from redraft.sampling.randomness import exponentials
+from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, row_bits
 
 WIDTHS = (1, 7, 8, 500, 513, 2000, 49152)
 PARAMS = (
@@ -171,3 +171,12 @@ def test_gradients_and_other_types_go_to_torch(kernels: CpuKernels) -> None:
     probabilities(logits, [row] * 2).square().sum().backward()
     assert logits.grad is not None
     assert processors.kernels_for(logits.detach().bfloat16()) is None
+
+
+def test_random_bits_are_those_of_torch(kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = as_key_tensor([0, 1, 2**63, 2**64 - 1, 0x123456789ABCDEF])
+    positions = torch.tensor([0, 7, 2**31, 1, 5])
+    found = [row_bits(keys, positions, purpose) for purpose in Purpose]
+    monkeypatch.setattr("redraft.sampling.randomness.library", lambda: None)
+    for bits, purpose in zip(found, Purpose, strict=True):
+        assert torch.equal(bits, row_bits(keys, positions, purpose))
