@@ -7,6 +7,7 @@ Hours on two cores for all of it. What is done is kept, so it may be stopped and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from benchmarks.prompts import DEFAULT_DATA
 from redraft.models.ref import ModelRef
 from redraft_training.student.prune import init_draft
 
-_ALL = "domains,drift,captured,ablation,fine_tuning,speed"
+_ALL = "domains,drift,captured,ablation,fine_tuning,quantised,speed"
 
 
 def main(
@@ -31,21 +32,20 @@ def main(
     """Train and judge; print every result as it comes."""
     first, short, day0 = _pruned([0, 10, 20, 29]), _pruned([0, 29]), ModelRef.parse(general)
     bench = Bench()
-    for name in only.split(","):
-        if name == "domains":
-            experiments.domains(bench, data, day0, first)
-        elif name == "drift":
-            experiments.drift(bench, data, day0)
-        elif name == "captured":
-            experiments.captured(bench, data, short)
-        elif name == "ablation":
-            experiments.ablation(bench, data, short)
-        elif name == "fine_tuning":
-            experiments.fine_tuning(bench, data, day0)
-        elif name == "speed":
-            speed(bench, data, day0, first)
-        else:
-            raise typer.BadParameter(f"{name} is none of {_ALL}", param_hint="--only")
+    experiment: dict[str, Callable[[], None]] = {
+        "domains": lambda: experiments.domains(bench, data, day0, first),
+        "drift": lambda: experiments.drift(bench, data, day0),
+        "captured": lambda: experiments.captured(bench, data, short),
+        "ablation": lambda: experiments.ablation(bench, data, short),
+        "fine_tuning": lambda: experiments.fine_tuning(bench, data, day0),
+        "quantised": lambda: experiments.quantised(bench, data, short),
+        "speed": lambda: speed(bench, data, day0, first),
+    }
+    names = only.split(",")
+    if unknown := set(names) - set(experiment):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {_ALL}", param_hint="--only")
+    for name in names:
+        experiment[name]()
     write(bench)
 
 

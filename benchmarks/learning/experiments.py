@@ -11,6 +11,7 @@ from benchmarks.learning.traffic import load_traffic
 from redraft.models.ref import ModelRef
 from redraft_training.cycle_models import directory_ref
 from redraft_training.dataset.example import Example
+from redraft_training.student.quantise import quantise_checkpoint
 
 DOMAINS = ("sql", "extract", "support", "math", "code_multi")
 FAR_PAIRS = (("support", "sql"), ("extract", "math"))
@@ -163,6 +164,26 @@ def fine_tuning(bench: Bench, data: Path, general: ModelRef) -> None:
             objective = (f"distill.objective.{entry}" for entry in OBJECTIVES[name])
             overrides = (*CYCLE_SETTINGS, f"distill.seed={seed}", *objective)
             _trained_cell(bench, f"fine_tuning/{name}/{seed}", traffic, evaluation, overrides, general)
+
+
+def quantised(bench: Bench, data: Path, pruned: ModelRef) -> None:
+    """Int8 after training against int8 while training, from the same newborn draft, three seeds."""
+    evaluation, traffic = _small(data)
+    texts = [[*example.prompt_token_ids, *example.output_token_ids] for example in traffic]
+    objective = [f"distill.objective.{entry}" for entry in OBJECTIVES["word_kd"]]
+    for seed in SEEDS:
+        overrides = (*SHORT_SETTINGS, f"distill.seed={seed}", *objective)
+        _trained_cell(bench, f"quantised/float/{seed}", traffic, evaluation, overrides, pruned)
+        during = (*overrides, "student.quantise=int8")
+        _trained_cell(bench, f"quantised/int8 while training/{seed}", traffic, evaluation, during, pruned)
+        key = f"quantised/int8 after training/{seed}"
+        if bench.known(key) is None:
+            rounded = FOLDER / "runs" / f"quantised-after-{seed}"
+            if not rounded.exists():
+                quantise_checkpoint(
+                    directory_ref(FOLDER / "runs" / f"quantised-float-{seed}" / "draft"), rounded, texts
+                )
+            bench.keep(key, {**asdict(bench.judge(directory_ref(rounded), evaluation)), "cpu_s": 0})
 
 
 def _small(data: Path) -> tuple[list[Example], list[Example]]:

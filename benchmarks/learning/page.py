@@ -24,6 +24,7 @@ _SEEDED = {
     "captured": "Captured labels against a re-run target",
     "ablation": "Objectives, a newborn draft",
     "fine_tuning": "Objectives, the draft of day 0",
+    "quantised": "Int8 drafts",
 }
 _COST = ("new requests", "their tokens", "tokens trained on", "CPU s", "tokens/s")
 

@@ -8,6 +8,7 @@ from redraft_training.commands.cycle import loop, run
 from redraft_training.commands.data import dataset, settings
 from redraft_training.commands.evaluate import evaluate, publish, report
 from redraft_training.commands.init import init
+from redraft_training.commands.quantise import quantise
 from redraft_training.commands.sweep import sweep
 from redraft_training.commands.traffic import traffic
 from redraft_training.commands.train import distill
@@ -30,7 +31,7 @@ def _main() -> None:
     """
 
 
-for command in (init, run, loop, dataset, distill, evaluate, publish, report, sweep, settings):
+for command in (init, run, loop, dataset, distill, quantise, evaluate, publish, report, sweep, settings):
     app.command()(command)
 app.add_typer(traffic)
 

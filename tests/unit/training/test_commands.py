@@ -10,6 +10,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from redraft.models.loader import load_model
+from redraft.models.quantised import layer_linears
+from redraft.models.ref import ModelKind, ModelRef
 from redraft.registry.manifest import DraftState
 from redraft_training import settings_text
 from redraft_training.__main__ import app
@@ -110,6 +113,26 @@ def test_by_hand_distil_evaluate_publish(site: Site) -> None:
         (report / drawn).unlink()
     assert call("report", str(report))[0] == 0
     assert {"report.html", "report.png"} <= {path.name for path in report.iterdir()}
+
+
+def test_a_trained_draft_is_rounded_on_traffic_and_serves_in_its_place(site: Site) -> None:
+    root, target, traffic = site.root, f"--target={site.target}", f"--traffic={site.root / 'traffic'}"
+    assert call("distill", target, traffic, f"--output={root / 'run'}", *small())[0] == 0
+    whole, rounded = root / "run" / "draft", root / "rounded"
+    arguments = ("quantise", f"--draft={whole}", target, traffic, f"--output={rounded}", *small())
+    status, _, stderr = call(*arguments)
+    assert status == 0, stderr
+    about = json.loads((rounded / "draft_quant.json").read_text())
+    assert about["bits"] == 8
+    before, after = (
+        load_model(ModelRef(ModelKind.DIRECTORY, str(each)), progress=lambda _: None) for each in (whole, rounded)
+    )
+    weights = {name: linear.weight for name, linear in layer_linears(before.model)}
+    for name, linear in layer_linears(after.model):
+        largest = weights[name].abs().amax(dim=1, keepdim=True)
+        assert 0.0 < float(((linear.weight - weights[name]).abs() / largest).median()) < 0.5 / 127
+    status, _, stderr = call(*arguments)
+    assert (status, "rounded already exists" in stderr) == (Exit.ERROR, True)
 
 
 def test_dataset_says_what_there_is_to_learn_from(site: Site) -> None:
