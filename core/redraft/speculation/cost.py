@@ -9,12 +9,19 @@ from collections.abc import Callable
 from redraft.models.runner import Chunk, ModelRunner
 
 _COST_RATE = 0.1  # of the moving average of step times
+_COMMON_RATE = 0.08  # as much of it is taken for a change of the machine's speed, which all sizes share
+_MAX_CHANGE = 2.0  # of one step against what was expected: a preempted step says nothing of its size
 _WARM_UP_SIZES = (1, 2, 4, 8, 16, 32)
 _WARM_UP_REPEATS = 3
 
 
 class StepCost:
-    """Seconds of a forward pass as a function of its size, a moving average per size class."""
+    """Seconds of a forward pass as a function of its size, a moving average per size class.
+
+    What one size turns out to cost moves the others along: contexts grow and neighbours come and go for all of them. If
+    each size were on its own, one that had bad luck would look dear beside those that are not tried, and never be
+    chosen again.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
@@ -25,8 +32,14 @@ class StepCost:
 
     def observe(self, size: int, seconds: float) -> None:
         key = self._size_class(size)
-        old = self._seconds.get(key)
-        self._seconds[key] = seconds if old is None else old + _COST_RATE * (seconds - old)
+        if key not in self._seconds:
+            self._seconds[key] = seconds
+            return
+        ratio = seconds / max(self._seconds[key], 1e-9)
+        change = min(max(ratio, 1.0 / _MAX_CHANGE), _MAX_CHANGE) - 1.0
+        self._seconds[key] *= (1.0 + _COST_RATE * change) / (1.0 + _COMMON_RATE * change)
+        for size_class in self._seconds:
+            self._seconds[size_class] *= 1.0 + _COMMON_RATE * change
 
     def estimate(self, size: int) -> float:
         """Interpolated between measured classes, proportional beyond the largest; 0 if nothing was measured."""

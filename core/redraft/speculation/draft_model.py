@@ -68,8 +68,11 @@ class DraftModelProposer:
         probs: list[Tensor] = []
         num_rows = 0
         logits = self._ingest_pending(active)
+        started: float | None = None  # of a pass of one token each, which is what lengths are chosen by
         while True:
             tokens, q = _draw_tokens(logits, active, drafted[: len(active)])
+            if started is not None and self.length is not None and self.length.draft_cost is not None:
+                self.length.draft_cost.observe(len(active), time.perf_counter() - started)
             for index, token in enumerate(tokens):
                 drafted[index].append(token)
                 rows[index].append(CERTAIN if active[index].params.is_greedy else num_rows)
@@ -78,7 +81,8 @@ class DraftModelProposer:
             active = [s for s, d, limit in zip(active, drafted, depth, strict=False) if len(d) < limit]
             if not active:
                 break
-            logits = self._forward(
+            started = time.perf_counter()
+            logits = self.runner.forward(
                 [
                     Chunk(d[-1:], len(s.token_ids) + len(d) - 1, s.block_ids)
                     for s, d in zip(active, drafted, strict=False)
@@ -94,13 +98,6 @@ class DraftModelProposer:
         state.num_draft_computed = len(state.token_ids) + min(num_accepted, len(proposal.token_ids) - 1)
         if self.length is not None:
             self.length.observe(state, num_accepted, len(proposal.token_ids))
-
-    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        started = time.perf_counter()
-        logits = self.runner.forward(chunks)
-        if self.length is not None and self.length.draft_cost is not None:
-            self.length.draft_cost.observe(len(chunks), time.perf_counter() - started)
-        return logits
 
     def _catch_up(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """Indices of the sequences that can draft in this step; ingests part of what others lack."""

@@ -80,9 +80,10 @@ class LengthController:
         if best_k == 0:
             return self._probe(limits)
         self._idle_steps = 0
-        return [
-            self._trim(rate, min(best_k, limit), best, len(states)) for rate, limit in zip(rates, limits, strict=True)
-        ]
+        if len(states) == 1:  # best_k is its own
+            return [min(best_k, limit) for limit in limits]
+        worth = self._token_seconds(len(states), best_k) * best
+        return [_trim(rate, min(best_k, limit), worth) for rate, limit in zip(rates, limits, strict=True)]
 
     def _rate(self, state: SequenceState) -> float:
         own = state.acceptance.get(self.name)
@@ -97,13 +98,10 @@ class LengthController:
             seconds += k * self.draft_cost.estimate(len(rates))
         return tokens / max(seconds, 1e-9)
 
-    def _trim(self, rate: float, k: int, goodput: float, batch: int) -> int:
-        """Drop the last tokens of a sequence whose chance to be accepted is worth less than their verification."""
-        per_token = self.target_cost.estimate(2 * batch) - self.target_cost.estimate(batch)
-        worth = max(per_token, 0.0) / max(batch, 1) * goodput
-        while k > 1 and rate**k < worth:
-            k -= 1
-        return k
+    def _token_seconds(self, batch: int, k: int) -> float:
+        """What verifying one token more, or less, costs in a batch that drafts k tokens each."""
+        more = self.target_cost.estimate(batch * (k + 1)) - self.target_cost.estimate(batch * k)
+        return max(more, 0.0) / batch
 
     def _probe(self, limits: Sequence[int]) -> list[int]:
         """Mostly nothing; now and then one token each, to notice that drafting has become worth while."""
@@ -113,3 +111,11 @@ class LengthController:
         self._idle_steps = 0
         self._probe_after = min(2 * self._probe_after, _LAST_PROBE)
         return [min(1, limit) for limit in limits]
+
+
+def _trim(rate: float, k: int, worth: float) -> int:
+    """Drop the last tokens of a sequence whose chance to be accepted is less than the tokens that others get done in
+    the time of their verification."""
+    while k > 1 and rate**k < worth:
+        k -= 1
+    return k

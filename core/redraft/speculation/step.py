@@ -87,6 +87,11 @@ class StepResult:
     verify_seconds: float  # target forward, sampling and acceptance
     num_target_tokens: int
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every sequence had one token pending, besides what was drafted."""
+        return self.num_target_tokens == sum(1 + len(output.proposal.token_ids) for output in self.outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class Verified:

@@ -257,7 +257,8 @@ class Engine:
             self._faults = 0
 
     def _deliver(self, scheduled: list[Scheduled], result: StepResult, prompt_starts: list[int]) -> None:
-        self._parts.target_cost.observe(result.num_target_tokens, result.verify_seconds)
+        if result.only_decodes:  # a prompt's tokens cost less, they need no logits
+            self._parts.target_cost.observe(result.num_target_tokens, result.verify_seconds)
         now = self._clock()
         gaps: list[float] = []
         for s, output, start in zip(scheduled, result.outputs, prompt_starts, strict=True):
