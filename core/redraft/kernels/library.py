@@ -64,6 +64,7 @@ class CpuKernels:
         for name in ("race", "draw", "peaks"):
             getattr(self._lib, f"redraft_{name}").argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 2)
         self._lib.redraft_row_bits.argtypes = (*(c_void_p,) * 2, *(c_long,) * 2, c_void_p)
+        self._lib.redraft_recover.argtypes = (*(c_void_p,) * 5, *(c_long,) * 2, *(c_void_p,) * 2)
         self._lib.redraft_overlaps.argtypes = (*(c_void_p,) * 4, *(c_long,) * 2, c_void_p)
         self.is_supported = bool(self._lib.redraft_supported())
 
@@ -234,6 +235,25 @@ class CpuKernels:
         """
         ids = torch.empty(weights.shape[0], dtype=torch.int64)
         self._lib.redraft_draw(weights.data_ptr(), *weights.shape, uniforms.data_ptr(), ids.data_ptr())
+        return ids
+
+    def recover(
+        self, p: Tensor, p_rows: Tensor, q: Tensor, q_rows: Tensor, drafted: Tensor, uniforms: Tensor
+    ) -> Tensor:
+        """A token per sequence, [sequences] int64: what speculative sampling emits behind the accepted ones.
+
+        Args:
+            p, q: [rows, vocab_size].
+            p_rows: [sequences] int64, the row of p that each one draws at.
+            q_rows: likewise of q, for the drafted token that was rejected there: then from max(p - q, 0). -1: that
+                token was certain; -2: none was rejected.
+            drafted: [sequences] int64, the rejected tokens; read for -1.
+            uniforms: [sequences] float64.
+        """
+        ids = torch.empty_like(p_rows)
+        addresses = [each.data_ptr() for each in (p, p_rows, q, q_rows, drafted)]
+        status = self._lib.redraft_recover(*addresses, len(ids), p.shape[1], uniforms.data_ptr(), ids.data_ptr())
+        _check(status)
         return ids
 
     def peaks(self, scores: Tensor) -> tuple[Tensor, Tensor]:

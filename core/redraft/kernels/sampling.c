@@ -5,6 +5,8 @@
 
 #include "vocabulary.h"
 
+enum { CERTAIN = -1, NOTHING_REJECTED = -2 }; /* instead of a row of q */
+
 /* -- probabilities ----------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -109,27 +111,30 @@ INLINE double block_sum(const float *x, long start, long n) {
   return total;
 }
 
-AVX2 static void draw_item(void *arg, long row) {
-  draw_job *job = arg;
-  const float *x = job->weights + row * job->n;
+INLINE int64_t draw_from(const float *x, long n, double uniform) {
   double total = 0.0, mass = 0.0, before = 0.0;
-  for (long start = 0; start < job->n; start += BLOCK) total += block_sum(x, start, job->n);
-  double target = job->uniforms[row] * total;
+  for (long start = 0; start < n; start += BLOCK) total += block_sum(x, start, n);
+  double target = uniform * total;
   long block = 0; /* where the target is passed; the last with any weight, if rounding brings it beyond them all */
-  for (long start = 0; start < job->n && mass <= target; start += BLOCK) {
-    double own = block_sum(x, start, job->n);
+  for (long start = 0; start < n && mass <= target; start += BLOCK) {
+    double own = block_sum(x, start, n);
     if (!(own > 0.0)) continue;
     block = start;
     before = mass;
     mass += own;
   }
   int64_t chosen = 0;
-  for (long i = block; i < block + BLOCK && i < job->n; i++) {
+  for (long i = block; i < block + BLOCK && i < n; i++) {
     if (!(x[i] > 0.0f)) continue;
     chosen = i;
     if ((before += x[i]) > target) break;
   }
-  job->ids[row] = chosen;
+  return chosen;
+}
+
+AVX2 static void draw_item(void *arg, long row) {
+  draw_job *job = arg;
+  job->ids[row] = draw_from(job->weights + row * job->n, job->n, job->uniforms[row]);
 }
 
 /* The id at which the cumulative sum of a row's weights passes uniform * total; never one of weight 0, unless all are.
@@ -139,6 +144,58 @@ void redraft_draw(const float *weights, long rows, long n, const double *uniform
   pool_enter();
   pool_run(draw_item, &job, rows);
   pool_leave();
+}
+
+typedef struct {
+  const float *p;
+  const int64_t *p_rows;
+  const float *q;
+  const int64_t *q_rows, *drafted;
+  long n;
+  const double *uniforms;
+  int64_t *ids;
+  atomic_int failed;
+} recovery_job;
+
+AVX2 static void recovery_item(void *arg, long item) {
+  recovery_job *job = arg;
+  long n = job->n, q_row = job->q_rows[item];
+  const float *p = job->p + job->p_rows[item] * n, *weights = p;
+  float *rest = NULL;
+  if (q_row > NOTHING_REJECTED) {
+    rest = malloc(n * sizeof(float));
+    if (!rest) { atomic_store(&job->failed, 1); return; }
+    int is_empty = 1;
+    if (q_row == CERTAIN) { /* q is 1 at the drafted token */
+      memcpy(rest, p, n * sizeof(float));
+      rest[job->drafted[item]] = 0.0f;
+      for (long i = 0; i < n && is_empty; i++) is_empty = !(rest[i] > 0.0f);
+    } else {
+      const float *q = job->q + q_row * n;
+      __m256 any = _mm256_setzero_ps();
+      for (long i = 0; i < n; i += 8) {
+        __m256 more = _mm256_max_ps(_mm256_sub_ps(load_rest(p, i, n), load_rest(q, i, n)), _mm256_setzero_ps());
+        any = _mm256_or_ps(any, more);
+        store_rest(rest, i, n, more);
+      }
+      is_empty = !_mm256_movemask_ps(_mm256_cmp_ps(any, _mm256_setzero_ps(), _CMP_GT_OQ));
+    }
+    /* p equal to q up to rounding: a rejection has probability ~1e-7 and p itself is the limit of the residual */
+    if (!is_empty) weights = rest;
+  }
+  job->ids[item] = draw_from(weights, n, job->uniforms[item]);
+  free(rest);
+}
+
+/* Draws from p[p_rows] where nothing was rejected (q_rows -2), else from max(p - q, 0), q being q[q_rows] or, for -1,
+ * all at the drafted token. Returns 0, or -1 if memory ran out. */
+int redraft_recover(const float *p, const int64_t *p_rows, const float *q, const int64_t *q_rows,
+                    const int64_t *drafted, long items, long n, const double *uniforms, int64_t *ids) {
+  recovery_job job = {p, p_rows, q, q_rows, drafted, n, uniforms, ids, 0};
+  pool_enter();
+  pool_run(recovery_item, &job, items);
+  pool_leave();
+  return atomic_load(&job.failed) ? -1 : 0;
 }
 
 /* -- the exponential race ---------------------------------------------------------------------------------------- */

@@ -165,18 +165,33 @@ def accept_maximal(
     accepted = accept_uniforms * drafted.probability_of_own_token() < target_own
     num_accepted = _leading(accepted, layout)
     final_row = layout.first_row + num_accepted
-    residual = target[final_row]
     rejected = torch.tensor(layout.num_drafts, device=target.device) > num_accepted
-    if bool(rejected.any()):
-        which = rejected.nonzero().flatten()
-        drafts = layout.draft_grid[which, num_accepted[which]]
+    padded = torch.nn.functional.pad(layout.draft_grid, (0, 1), value=-1)  # a sequence may have accepted them all
+    drafts = torch.where(rejected, padded.gather(1, num_accepted.unsqueeze(1)).squeeze(1), -1)
+    return Verdict(num_accepted, _recovered(target, final_row, drafted, drafts, recover_uniforms[final_row]))
+
+
+def _recovered(target: Tensor, rows: Tensor, drafted: DraftedTokens, drafts: Tensor, chances: Tensor) -> Tensor:
+    """Draw each sequence's last token at its row of `target`: from p, or from the residual max(p - q, 0) where
+    drafted token `drafts` [sequences] was rejected (-1: none). [sequences] int64."""
+    kernels = kernels_for(target) and kernels_for(drafted.probs)
+    if kernels is not None:
+        own = drafts.clamp(min=0)
+        if len(drafted.token_ids):
+            tokens, q_rows = drafted.token_ids[own], torch.where(drafts < 0, -2, drafted.prob_row[own])
+        else:
+            tokens, q_rows = own, torch.full_like(drafts, -2)
+        return kernels.recover(target.contiguous(), rows, drafted.probs.contiguous(), q_rows, tokens, chances.double())
+    residual = target[rows]
+    which = (drafts >= 0).nonzero().flatten()
+    if len(which):
         rest = residual[which]
-        drafted.subtract_from_(rest, drafts)
+        drafted.subtract_from_(rest, drafts[which])
         rest.clamp_(min=0.0)
         # p equal to q up to rounding: a rejection has probability ~1e-7 and p itself is the limit of the residual
         empty = rest.sum(dim=1, keepdim=True) <= 0.0
         residual[which] = torch.where(empty, residual[which], rest)
-    return Verdict(num_accepted, draw(residual, recover_uniforms[final_row]))
+    return draw(residual, chances)
 
 
 def accept_choice(choice: Tensor, drafted: DraftedTokens, layout: Layout) -> Verdict:

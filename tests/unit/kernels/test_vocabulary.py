@@ -8,7 +8,7 @@ from torch import Tensor
 
 from redraft.kernels.library import CpuKernels
 from redraft.sampling import processors
-from redraft.sampling.coupling import DraftedTokens, Layout, draw, expected_acceptance, keyed_race, race
+from redraft.sampling.coupling import DraftedTokens, Layout, accept_maximal, draw, expected_acceptance, keyed_race, race
 from redraft.sampling.logprobs import teacher_rows
 from redraft.sampling.params import SamplingParams
 from redraft.sampling.processors import SamplingRow, peaks, probabilities
@@ -135,6 +135,39 @@ def test_expected_acceptance_is_that_of_torch(kernels: CpuKernels, monkeypatch: 
     without_kernels(monkeypatch)
     torch.testing.assert_close(found, expected_acceptance(p, drafted, layout))
     assert float(found[3]) == pytest.approx(1.0 if width == 1 else float(torch.minimum(p[5], q[3]).sum()))
+
+
+@pytest.mark.parametrize("width", WIDTHS[1:])
+def test_speculative_sampling_is_that_of_torch(
+    kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """Sequences with every kind of draft: of a model, certain, equal to p, none; all of them many times."""
+    repeats = 40
+    params = [SamplingRow(PARAMS[i % len(PARAMS)]) for i in range(8 * repeats)]
+    p, q = (probabilities(logits_of(8 * repeats, width, seed), params) for seed in (1, 2))
+    q[3] = p[5]
+    generator = torch.Generator().manual_seed(9)
+    tokens, rows = torch.randint(0, width, (5 * repeats,), generator=generator), torch.arange(5 * repeats)
+    rows[1::5] = -1
+    drafted = DraftedTokens(tokens, rows, q)
+    layout = Layout.of([2, 0, 3] * repeats)
+    accept, recover = (
+        torch.rand(size, generator=generator, dtype=torch.float64) for size in (5 * repeats, layout.num_rows)
+    )
+    found = accept_maximal(p, drafted, layout, accept, recover)
+    without_kernels(monkeypatch)
+    expected = accept_maximal(p, drafted, layout, accept, recover)
+    assert torch.equal(found.num_accepted, expected.num_accepted)
+    assert int((found.final_token != expected.final_token).sum()) <= 2  # a sum in another order
+
+
+def test_a_residual_of_nothing_leaves_the_target_s_own_distribution(kernels: CpuKernels) -> None:
+    p = torch.tensor([[0.0, 0.25, 0.75], [1.0, 0.0, 0.0], [0.2, 0.5, 0.3]])
+    at = torch.tensor([0, 1, 2])
+    certain = torch.tensor([-2, -1, -1])
+    chances = torch.tensor([0.5, 0.5, 0.9], dtype=torch.float64)
+    assert kernels.recover(p, at, p, certain, torch.tensor([0, 0, 2]), chances).tolist() == [2, 0, 1]
+    assert kernels.recover(p, at, p, at, at, chances).tolist() == [2, 0, 2]
 
 
 def test_a_race_without_runners_ends(kernels: CpuKernels) -> None:
