@@ -21,7 +21,7 @@ from benchmarks.prompts import DEFAULT_DATA
 from redraft.models.ref import ModelRef
 from redraft_training.student.prune import init_draft
 
-_ALL = "domains,drift,captured,ablation,fine_tuning,quantised,speed"
+_ALL = "domains,drift,captured,ablation,fine_tuning,learning_rates,quantised,speed"
 
 
 def main(
@@ -38,6 +38,7 @@ def main(
         "captured": lambda: experiments.captured(bench, data, short),
         "ablation": lambda: experiments.ablation(bench, data, short),
         "fine_tuning": lambda: experiments.fine_tuning(bench, data, day0),
+        "learning_rates": lambda: experiments.learning_rates(bench, data, day0),
         "quantised": lambda: experiments.quantised(bench, data, short),
         "speed": lambda: speed(bench, data, day0, first),
     }

@@ -37,6 +37,7 @@ SHORT_SETTINGS = (
     "student.vocab_size=8192",
 )
 SEEDS = (0, 1, 2)
+LEARNING_RATES = (7e-4, 4e-4, 2e-4, 1e-4)
 
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "word_kd": ("how=forward_kl", "temperature=1.0"),
@@ -57,15 +58,16 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "rkd": ("what=relations", "how=forward_kl", "temperature=1.0"),
     "minillm": ("how=policy_gradient", "temperature=1.0", "on_policy_fraction=1.0", "on_policy_source=rollout"),
 }
-FINE_TUNING = (
-    "word_kd",
-    "forward_kl at own sampling",
-    "lk",
-    "tv",
-    "word_kd, captured, lambda 0.5",
-    "distillspec, captured, lambda 1",
-)
-"""Tried on a draft that is good already."""
+FINE_TUNING: dict[str, tuple[str, tuple[str, ...]]] = {
+    "word_kd": ("word_kd", ()),
+    "word_kd, learning rate 2e-4": ("word_kd", ("distill.learning_rate=0.0002",)),
+    "forward_kl at own sampling": ("forward_kl at own sampling", ()),
+    "lk": ("lk", ()),
+    "tv": ("tv", ()),
+    "word_kd, captured, lambda 0.5": ("word_kd, captured, lambda 0.5", ()),
+    "distillspec, captured, lambda 1": ("distillspec, captured, lambda 1", ()),
+}
+"""Tried on a draft that is good already: the objective, and what else differs."""
 LONGER = {"word_kd, 3 epochs": ("distill.epochs=3",)}  # about the tokens of text and captured drafts in two epochs
 
 
@@ -119,11 +121,12 @@ def _learn(
     base: ModelRef,
     evaluations: dict[str, list[Example]],
     fresh: Sequence[Example],
+    settings: Sequence[str] = CYCLE_SETTINGS,
 ) -> ModelRef:
     """Train and judge, unless that was done; the draft."""
     name = key.replace("/", "-").replace(" ", "_").replace(",", "")
     if bench.known(key) is None:
-        trained = bench.train(name, examples, CYCLE_SETTINGS, base)
+        trained = bench.train(name, examples, settings, base)
         cost = {
             "tokens": trained.tokens,
             "cpu_s": round(trained.cpu_seconds),
@@ -160,9 +163,9 @@ def fine_tuning(bench: Bench, data: Path, general: ModelRef) -> None:
     if bench.known("fine_tuning/day 0/0") is None:
         bench.keep("fine_tuning/day 0/0", {**asdict(bench.judge(general, evaluation)), "cpu_s": 0})
     for seed in SEEDS:
-        for name in FINE_TUNING:
-            objective = (f"distill.objective.{entry}" for entry in OBJECTIVES[name])
-            overrides = (*CYCLE_SETTINGS, f"distill.seed={seed}", *objective)
+        for name, (objective, changes) in FINE_TUNING.items():
+            chosen = (f"distill.objective.{entry}" for entry in OBJECTIVES[objective])
+            overrides = (*CYCLE_SETTINGS, f"distill.seed={seed}", *chosen, *changes)
             _trained_cell(bench, f"fine_tuning/{name}/{seed}", traffic, evaluation, overrides, general)
 
 
@@ -184,6 +187,18 @@ def quantised(bench: Bench, data: Path, pruned: ModelRef) -> None:
                     directory_ref(FOLDER / "runs" / f"quantised-float-{seed}" / "draft"), rounded, texts
                 )
             bench.keep(key, {**asdict(bench.judge(directory_ref(rounded), evaluation)), "cpu_s": 0})
+
+
+def learning_rates(bench: Bench, data: Path, general: ModelRef) -> None:
+    """One domain learnt by the draft of day 0 at several rates, from few requests and more; judged on two."""
+    learnt, other = ABLATION_DOMAINS
+    evaluations = {name: load_traffic(data, name, "e", NUM_EVALUATION) for name in (learnt, other)}
+    traffic = load_traffic(data, learnt, "t", CYCLE * LONG_CYCLES[-1], skip=SKIP)
+    for count in (CYCLE, 4 * CYCLE):
+        for rate in LEARNING_RATES:
+            settings = (*CYCLE_SETTINGS, f"distill.learning_rate={rate}")
+            key = f"learning_rate/{count} requests, {rate:.0e}"
+            _learn(bench, key, traffic[:count], general, evaluations, traffic[:count], settings)
 
 
 def _small(data: Path) -> tuple[list[Example], list[Example]]:

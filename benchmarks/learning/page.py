@@ -47,6 +47,9 @@ def write(bench: Bench) -> None:
         ]
     if found := by_experiment.get("drift"):
         parts += ["## Drift", table(("pair / stage", "domain", *_HEADER, *_COST), _drift_rows(found))]
+    if found := by_experiment.get("learning_rate"):
+        header = ("SQL requests learnt", "domain", *_HEADER, *_COST)
+        parts += ["## Learning rates, the draft of day 0", table(header, _drift_rows(found))]
     if found := by_experiment.get("speed"):
         parts += [
             "## Tokens a second",

@@ -48,6 +48,7 @@ class TrainingState:
         last_alpha: of the newest evaluation.
         stale_evaluations: evaluations since the best one.
         stopped: why the session ended here, empty if it went on.
+        peak_learning_rate: chosen when the run began; 0 before.
     """
 
     step: int = 0
@@ -61,6 +62,7 @@ class TrainingState:
     last_alpha: float = -1.0
     stale_evaluations: int = 0
     stopped: str = ""
+    peak_learning_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ class Stepper:
         if not norm < math.inf:
             raise TrainingDiverged(
                 f"the loss or its gradient is not finite at step {step + 1}: lower the learning rate (it is "
-                f"{self._settings.learning_rate:g}), or lengthen the warm-up; the last checkpoint is from before it"
+                f"{learning_rate:g} there), or lengthen the warm-up; the last checkpoint is from before it"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate

@@ -52,6 +52,8 @@ from redraft_training.student.student import Student
 
 CHECKPOINTS, DRAFT = "checkpoints", "draft"
 COMPLETED, MAX_TOKENS, NO_IMPROVEMENT, MAX_MINUTES = "completed", "max_tokens", "no_improvement", "max_minutes"
+_NEWBORN_RATE, _LEARNT_RATE = 1e-3, 2e-4
+_LEARNT_ALPHA = 0.2  # expected acceptance from which a draft counts as one that has learnt
 OnProgress = Callable[[MetricsRow], None]
 
 
@@ -154,7 +156,7 @@ class _Run:
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not trainable:
             raise NothingToTrain("no parameter of the draft is trainable")
-        optimizer = torch.optim.AdamW(trainable, lr=self._settings.learning_rate, foreach=True)
+        optimizer = torch.optim.AdamW(trainable, foreach=True)  # its rate is set at every step
         prepared: tuple[Any, Any] = self._accelerator.prepare(module, optimizer)
         return prepared
 
@@ -163,6 +165,17 @@ class _Run:
         if total == 0:
             raise NothingToTrain("there is no training batch: collect more traffic, or widen the selection")
         return total
+
+    def _suitable_learning_rate(self) -> float:
+        """By what the draft can do before it learns; one batch, held out or else the first, says it."""
+        sample = self._heldout_sample
+        if not sample:
+            first = epoch_steps(
+                self._plan, 0, start_index=0, rank=self._rank, world_size=self._world_size, accumulation=1
+            )
+            sample = next(first).micro_batches
+        alpha = self._stepper.heldout_alpha(sample[:1])
+        return _LEARNT_RATE if alpha >= _LEARNT_ALPHA else _NEWBORN_RATE
 
     def _sample_heldout(self) -> tuple[MicroBatch, ...]:
         """This rank's share of the first held-out batches, the same ones for every score."""
@@ -200,6 +213,9 @@ class _Run:
 
     def train(self, on_progress: OnProgress | None) -> None:
         """Take steps until there is a reason to stop."""
+        if not self.state.peak_learning_rate:
+            peak = self._settings.learning_rate or self._suitable_learning_rate()
+            self.state = replace(self.state, peak_learning_rate=peak)
         main = self._accelerator.is_main_process
         writer = MetricsWriter(self._output_dir, last_step=self.state.step) if main else None
         try:
@@ -280,7 +296,7 @@ class _Run:
         progress = (self.state.step + 0.5) / self._num_steps
         if settings.max_tokens is not None:
             progress = max(progress, self.state.tokens / settings.max_tokens)
-        return learning_rate_at(progress, settings.learning_rate, settings.warmup_share, settings.decay)
+        return learning_rate_at(progress, self.state.peak_learning_rate, settings.warmup_share, settings.decay)
 
     def _is_late(self, clock: _Clock) -> bool:
         limit = self._settings.max_minutes

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from redraft.errors import ConfigError
+from redraft_training.distill import trainer
 from redraft_training.distill.errors import CheckpointMismatch, NothingToTrain, TrainingDiverged
 from redraft_training.distill.metrics import MetricsRow
 from redraft_training.distill.settings import DistillSettings
@@ -251,6 +252,23 @@ def test_the_gradient_is_clipped_and_the_rate_follows_its_curve(draft: Path, tmp
     assert 0 < rates[0] < rates[peak] <= 2e-3
     assert rates[-1] < 0.1 * rates[peak]
     assert 0.2 < peak / len(rates) < 0.4
+
+
+def test_the_rate_is_chosen_by_what_the_draft_can_do(
+    draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its expected acceptance is 0.46 here, of 40 ids; a run that goes on keeps the rate it began with."""
+
+    def peak(threshold: float, output: str, **options: Any) -> float:
+        monkeypatch.setattr(trainer, "_LEARNT_ALPHA", threshold)
+        parts = Parts.make(draft, learning_rate=None, train_examples=60, warmup_share=0.0)
+        return max(row.learning_rate for row in parts.run(tmp_path / output, **options).history)
+
+    assert peak(0.6, "newborn") == pytest.approx(1e-3, rel=0.05)
+    assert peak(0.4, "learnt") == pytest.approx(2e-4, rel=0.05)
+    with pytest.raises(Interrupted):
+        peak(0.4, "killed", on_progress=interrupt_at(6))
+    assert peak(0.6, "killed") == pytest.approx(2e-4, rel=0.05)
 
 
 def test_settings_are_checked() -> None:
