@@ -37,7 +37,7 @@ SHORT_SETTINGS = (
     "student.vocab_size=8192",
 )
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (7e-4, 4e-4, 2e-4, 1e-4)
+LEARNING_RATES = (7e-4, 4e-4, 2e-4)
 
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "word_kd": ("how=forward_kl", "temperature=1.0"),

@@ -27,7 +27,7 @@ class DistillSettings(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many tokens through the draft, if the epochs have more. The learning rate decays to this end."""
     learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """Peak learning rate of AdamW. null: 1e-3 for a newborn draft, 2e-4 for one that has learnt before (expected
+    """Peak learning rate of AdamW. null: 1e-3 for a newborn draft, 4e-4 for one that has learnt before (expected
     acceptance of at least 0.2 when the run begins): at a newborn's rate it would forget."""
     warmup_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of the run over which the learning rate rises from 0."""

@@ -52,7 +52,7 @@ from redraft_training.student.student import Student
 
 CHECKPOINTS, DRAFT = "checkpoints", "draft"
 COMPLETED, MAX_TOKENS, NO_IMPROVEMENT, MAX_MINUTES = "completed", "max_tokens", "no_improvement", "max_minutes"
-_NEWBORN_RATE, _LEARNT_RATE = 1e-3, 2e-4
+_NEWBORN_RATE, _LEARNT_RATE = 1e-3, 4e-4
 _LEARNT_ALPHA = 0.2  # expected acceptance from which a draft counts as one that has learnt
 OnProgress = Callable[[MetricsRow], None]
 
