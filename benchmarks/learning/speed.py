@@ -20,7 +20,7 @@ from redraft.speculation.proposer import Proposer
 from redraft_training.cycle_models import directory_ref
 
 BENCHMARK = "spec_bench"  # of all kinds: only for the general draft
-NUM_PROMPTS, NEW_TOKENS = 8, 96
+NUM_PROMPTS, NEW_TOKENS = 4, 64
 SAMPLING = {
     "greedy": SamplingParams(temperature=0.0),
     "sampled": SamplingParams(temperature=0.7, top_p=0.95),
