@@ -59,18 +59,14 @@ AVX2 static void probability_item(void *arg, long row) {
   least = fmaxf(least, job->min_p[row]); /* the largest term is 1 */
   if (least > 0.0f) {
     __m256 floor = _mm256_set1_ps(least);
-    total = 0.0;
-    for (long start = 0; start < n; start += BLOCK) {
-      long end = start + BLOCK < n ? start + BLOCK : n;
-      __m256 sum = _mm256_setzero_ps();
-      for (long i = start; i < end; i += 8) {
-        __m256 v = load_rest(probs, i, end);
-        v = _mm256_and_ps(v, _mm256_cmp_ps(v, floor, _CMP_GE_OQ));
-        sum = _mm256_add_ps(sum, v);
-        store_rest(probs, i, end, v);
-      }
-      total += sum8(sum);
+    __m256d sum = _mm256_setzero_pd();
+    for (long i = 0; i < n; i += 8) {
+      __m256 v = load_rest(probs, i, n);
+      v = _mm256_and_ps(v, _mm256_cmp_ps(v, floor, _CMP_GE_OQ));
+      sum = add_wide(sum, v);
+      store_rest(probs, i, n, v);
     }
+    total = sum4(sum);
   }
   __m256 divisor = _mm256_set1_ps((float)total);
   long i = 0;
@@ -103,10 +99,8 @@ INLINE double block_sum(const float *x, long start, long n) {
   long end = start + BLOCK < n ? start + BLOCK : n;
   __m256d sum = _mm256_setzero_pd();
   long i = start;
-  for (; i + 4 <= end; i += 4) sum = _mm256_add_pd(sum, _mm256_cvtps_pd(_mm_loadu_ps(x + i)));
-  double lanes[4], total;
-  _mm256_storeu_pd(lanes, sum);
-  total = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+  for (; i + 8 <= end; i += 8) sum = add_wide(sum, _mm256_loadu_ps(x + i));
+  double total = sum4(sum);
   for (; i < end; i++) total += x[i];
   return total;
 }

@@ -121,15 +121,11 @@ typedef struct {
 AVX2 static void overlap_item(void *arg, long pair) {
   overlap_job *job = arg;
   const float *p = job->p + job->p_rows[pair] * job->n, *q = job->q + job->q_rows[pair] * job->n;
-  double total = 0.0;
-  for (long start = 0; start < job->n; start += BLOCK) {
-    long end = start + BLOCK < job->n ? start + BLOCK : job->n, i = start;
-    __m256 sum = _mm256_setzero_ps();
-    for (; i + 8 <= end; i += 8)
-      sum = _mm256_add_ps(sum, _mm256_min_ps(_mm256_loadu_ps(p + i), _mm256_loadu_ps(q + i)));
-    total += sum8(sum);
-    for (; i < end; i++) total += p[i] < q[i] ? p[i] : q[i];
-  }
+  __m256d sum = _mm256_setzero_pd();
+  long i = 0;
+  for (; i + 8 <= job->n; i += 8) sum = add_wide(sum, _mm256_min_ps(_mm256_loadu_ps(p + i), _mm256_loadu_ps(q + i)));
+  double total = sum4(sum);
+  for (; i < job->n; i++) total += p[i] < q[i] ? p[i] : q[i];
   job->overlaps[pair] = (float)total;
 }
 

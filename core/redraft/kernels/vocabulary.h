@@ -9,7 +9,7 @@
 #include "pool.h"
 #include "vector.h"
 
-enum { BLOCK = 512 }; /* floats that are summed in float32 before the sum goes on in float64 */
+enum { BLOCK = 512 }; /* floats whose sum is known while one looks for a place in a row */
 
 typedef struct { float value; int32_t id; } entry;
 
@@ -51,22 +51,29 @@ INLINE void store_rest(float *x, long i, long n, __m256 v) {
   memcpy(x + i, lanes, (n - i) * sizeof(float));
 }
 
+/* Adds eight floats in float64: distributions must sum to 1 as closely as float32 can say. */
+INLINE __m256d add_wide(__m256d sum, __m256 v) {
+  sum = _mm256_add_pd(sum, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+  return _mm256_add_pd(sum, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+}
+
+INLINE double sum4(__m256d v) {
+  double lanes[4];
+  _mm256_storeu_pd(lanes, v);
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3];
+}
+
 /* Sum of exp((x - most) * slope), float64, terms below exp(-87) as 0; the terms also go to `terms` if it is given. */
 INLINE double sum_exp(const float *x, long n, float most, float slope, float *terms) {
   __m256 shift = _mm256_set1_ps(most), factor = _mm256_set1_ps(slope), least = _mm256_set1_ps(-87.0f);
-  double total = 0.0;
-  for (long start = 0; start < n; start += BLOCK) {
-    long end = start + BLOCK < n ? start + BLOCK : n;
-    __m256 sum = _mm256_setzero_ps();
-    for (long i = start; i < end; i += 8) {
-      __m256 v = _mm256_mul_ps(_mm256_sub_ps(load_rest(x, i, end), shift), factor);
-      __m256 e = _mm256_and_ps(exp_negative(v), _mm256_cmp_ps(v, least, _CMP_GT_OQ));
-      sum = _mm256_add_ps(sum, e);
-      if (terms) store_rest(terms, i, end, e);
-    }
-    total += sum8(sum);
+  __m256d sum = _mm256_setzero_pd();
+  for (long i = 0; i < n; i += 8) {
+    __m256 v = _mm256_mul_ps(_mm256_sub_ps(load_rest(x, i, n), shift), factor);
+    __m256 e = _mm256_and_ps(exp_negative(v), _mm256_cmp_ps(v, least, _CMP_GT_OQ));
+    sum = add_wide(sum, e);
+    if (terms) store_rest(terms, i, n, e);
   }
-  return total;
+  return sum4(sum);
 }
 
 #endif

@@ -24,6 +24,7 @@ UNREACHABLE = -1e4
 REVERSE_KL_FLOOR = 1e-6
 """Probability that `reverse_kl` gives to everything of p-probability 0, taken together."""
 
+_ROUNDING = 2.0**-22  # what float32 sums leave of a probability that is 0
 _TINY = 1e-30
 
 
@@ -45,13 +46,14 @@ def cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
 def reverse_kl(p: Tensor, log_q: Tensor) -> Tensor:
     """KL(q || p) = sum q log(q / p). Mode-seeking: q must avoid what p would not say.
 
-    Where p is 0 (truncated by top-k or top-p, or one-hot) the textbook value is infinite. Here all such atoms are one
-    event, to which p gives `REVERSE_KL_FLOOR`: the draft pays about 14 nats for each unit of mass that it puts there,
-    however it spreads it, and p then sums to 1 + 1e-6 (values down to -1e-6 are possible).
+    Where p is 0 (truncated by top-k or top-p, or one-hot) the textbook value is infinite. Here all such atoms, and those
+    with no more than rounding leaves of 0, are one event, to which p gives `REVERSE_KL_FLOOR`: the draft pays about 14
+    nats for each unit of mass that it puts there, however it spreads it, and p then sums to 1 + 1e-6 (values down to
+    -1e-6 are possible).
     """
     log_q = _floored(log_q)
     q = log_q.exp()
-    supported = p > 0
+    supported = p > _ROUNDING
     inside = torch.where(supported, q * (log_q - _log(p)), 0.0).sum(dim=1)
     outside = torch.where(supported, 0.0, q).sum(dim=1)
     return inside + outside * (outside.clamp(min=_TINY) / REVERSE_KL_FLOOR).log()

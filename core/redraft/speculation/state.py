@@ -33,7 +33,7 @@ class SequenceState:
     draft_epoch: int = -1
     draft_version: str = ""  # of the draft that serves this sequence, once one has been chosen
     route: int = 0  # unsigned 64 bit: what a draft is chosen by when several serve; the same for a request's samples
-    draft_rebuild_end: int = 0  # positions below it lost their draft KV to a change of draft
+    draft_rebuild_end: int = 0  # positions below it lack only draft KV, after a change of draft
     num_draft_marked_blocks: int = 0  # leading blocks known to the pool as filled by that draft
     block_ids: list[int] = field(default_factory=list)
     num_admissions: int = 0  # times it was given blocks; KV written before the last one is gone

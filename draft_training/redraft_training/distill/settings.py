@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from redraft_training.distill.schedule import Decay
 from redraft_training.objectives.objective import Objective
@@ -20,8 +20,8 @@ class DistillSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    objective: Objective = Objective()
-    """What the draft learns from, by which measure, on which states."""
+    objective: Objective = Objective(temperature=1.0)
+    """What the draft learns from, by which measure, on which states. Default: word_kd."""
     epochs: Annotated[int, Field(ge=1)] = 4
     """Passes over the training data."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -51,6 +51,12 @@ class DistillSettings(BaseModel):
     """Stop after so many held-out scores in a row without a new best. None: never."""
     max_minutes: Annotated[float, Field(gt=0.0)] | None = None
     """Stop this session after so many minutes, with a checkpoint. None: no limit."""
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        """Settings of an objective change the default one; an `Objective` is meant as it is."""
+        return {"temperature": 1.0, **value} if isinstance(value, dict) else value
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must have in common with its checkpoint, ready for JSON."""

@@ -37,10 +37,10 @@ class Objective(BaseModel):
     eta: float = Field(default=3.0, ge=0.0, allow_inf_nan=False)
     """lk: how fast KL gives way to total variation as the acceptance rises."""
     temperature: Positive | None = None
-    """None: both sides at each request's own sampling parameters. A number: softmax(raw logits / temperature) on both
+    """null: both sides at each request's own sampling parameters. A number: softmax(raw logits / temperature) on both
     sides for all requests, and the loss times its square (Hinton et al. 2015)."""
     greedy_targets: Literal["hard", "soft"] = "soft"
-    """For requests at temperature 0, if `temperature` is None. hard: the one-hot distribution that they draw from.
+    """For requests at temperature 0, if `temperature` is null. hard: the one-hot distribution that they draw from.
     soft: softmax(raw logits), which has the same arg max and says more."""
 
     on_policy_fraction: Fraction = 0.0

@@ -36,7 +36,7 @@ def gkd() -> Objective:
     Differs: the student's states are its logged proposals (`on_policy_source=rollout` for texts of its own), and p is
     at the request's own sampling parameters.
     """
-    return Objective(how="jsd", beta=0.5, on_policy_fraction=0.5)
+    return Objective(how="jsd", beta=0.5, temperature=None, on_policy_fraction=0.5)
 
 
 def distillspec() -> Objective:
@@ -45,7 +45,7 @@ def distillspec() -> Objective:
     GKD for speculative decoding: the draft's own states (lambda = 1), at the sampling parameters of serving, with a
     divergence chosen by task and decoding; the paper finds no single best one (`how`), forward KL is the start.
     """
-    return Objective(how="forward_kl", on_policy_fraction=1.0)
+    return Objective(how="forward_kl", temperature=None, on_policy_fraction=1.0)
 
 
 def minillm() -> Objective:
@@ -84,7 +84,7 @@ def lk() -> Objective:
     itself is optimised once the draft is good enough for its gradient to carry. `how=neg_log_alpha` is their other
     loss. Differs: at each request's own sampling parameters instead of one temperature.
     """
-    return Objective(how="lk", eta=3.0)
+    return Objective(how="lk", eta=3.0, temperature=None)
 
 
 PRESETS = {method.__name__: method() for method in (word_kd, sequence_kd, gkd, distillspec, minillm, fitnets, rkd, lk)}

@@ -131,7 +131,9 @@ class Scheduler:
             state.prefix_hash = prefix_hash
             state.num_computed = len(found) * self.pool.block_size
             state.draft_epoch = self.epoch_of(state)
-            state.num_draft_marked_blocks = state.num_draft_computed = state.draft_rebuild_end = 0
+            state.num_draft_marked_blocks = state.num_draft_computed = 0
+            # what the target need not compute again, the draft should not either: if it must, it is another draft now
+            state.draft_rebuild_end = state.num_computed
             state.num_admissions += 1
             if completion.index == 0 and completion.request.first_scheduled is None:
                 completion.request.cached_prompt_tokens = state.num_computed

@@ -181,7 +181,7 @@ def test_divergence_is_named_and_leaves_the_last_checkpoint(draft: Path, tmp_pat
 
     later = Parts.make(draft)
     later.heldout = None
-    later.teacher = BrokenTeacher(later.teacher, 12)
+    later.teacher = BrokenTeacher(later.teacher, 6)
     with pytest.raises(TrainingDiverged, match="step"):
         later.run(tmp_path / "later")
     straight = Parts.make(draft)
