@@ -46,10 +46,10 @@ def cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
 def reverse_kl(p: Tensor, log_q: Tensor) -> Tensor:
     """KL(q || p) = sum q log(q / p). Mode-seeking: q must avoid what p would not say.
 
-    Where p is 0 (truncated by top-k or top-p, or one-hot) the textbook value is infinite. Here all such atoms, and those
-    with no more than rounding leaves of 0, are one event, to which p gives `REVERSE_KL_FLOOR`: the draft pays about 14
-    nats for each unit of mass that it puts there, however it spreads it, and p then sums to 1 + 1e-6 (values down to
-    -1e-6 are possible).
+    Where p is 0 (truncated by top-k or top-p, or one-hot) the textbook value is infinite. Here all such atoms, and
+    those with no more than rounding leaves of 0, are one event, to which p gives `REVERSE_KL_FLOOR`: the draft pays
+    about 14 nats for each unit of mass that it puts there, however it spreads it, and p then sums to 1 + 1e-6 (values
+    down to -1e-6 are possible).
     """
     log_q = _floored(log_q)
     q = log_q.exp()
