@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -76,10 +77,15 @@ def _domain_rows(found: dict[str, Any]) -> list[list[str]]:
 def _drift_rows(found: dict[str, Any]) -> list[list[str]]:
     return [
         [key, domain, *_numbers(judged), *_cost(value.get("cost", {}))]
-        for key, value in sorted(found.items())
+        for key, value in sorted(found.items(), key=lambda item: _in_order(item[0]))
         for domain, judged in value.items()
         if domain != "cost"
     ]
+
+
+def _in_order(key: str) -> list[tuple[int, str]]:
+    """Sorts 200 before 1000."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", key)]
 
 
 def _cost(value: dict[str, Any]) -> list[str]:
