@@ -172,7 +172,7 @@ def fine_tuning(bench: Bench, data: Path, general: ModelRef) -> None:
 def quantised(bench: Bench, data: Path, pruned: ModelRef) -> None:
     """Int8 after training against int8 while training, from the same newborn draft, three seeds."""
     evaluation, traffic = _small(data)
-    texts = [[*example.prompt_token_ids, *example.output_token_ids] for example in traffic]
+    texts = [example.token_ids for example in traffic]
     objective = [f"distill.objective.{entry}" for entry in OBJECTIVES["word_kd"]]
     for seed in SEEDS:
         overrides = (*SHORT_SETTINGS, f"distill.seed={seed}", *objective)

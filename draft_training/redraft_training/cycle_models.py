@@ -62,7 +62,7 @@ class Models:
                 intermediate_size=student.intermediate_size,
                 num_key_value_heads=student.num_key_value_heads,
             )
-            texts = [(*example.prompt_token_ids, *example.output_token_ids) for example in dataset.training]
+            texts = [example.token_ids for example in dataset.training]
             init_draft(self._target_ref, directory, shape=shape, calibration=texts)
         return directory_ref(directory)
 

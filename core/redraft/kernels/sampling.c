@@ -69,9 +69,7 @@ AVX2 static void probability_item(void *arg, long row) {
     total = sum4(sum);
   }
   __m256 divisor = _mm256_set1_ps((float)total);
-  long i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(probs + i, _mm256_div_ps(_mm256_loadu_ps(probs + i), divisor));
-  for (; i < n; i++) probs[i] /= (float)total;
+  for (long i = 0; i < n; i += 8) store_rest(probs, i, n, _mm256_div_ps(load_rest(probs, i, n), divisor));
 }
 
 /* Rows of softmax(scores / temperature), cut by top-k (0: not), top-p of what that left (1: not) and min-p (0: not),

@@ -28,8 +28,8 @@ def quantise(
 ) -> None:
     """Round a trained draft to int8, calibrated on logged traffic, without training it further.
 
-    Costs minutes less than training with `--set student.quantise=int8`, and some acceptance: training heals the
-    rounding. Evaluate it before you publish it.
+    The other way is to round while training, which heals what rounding costs: `distill --set student.quantise=int8`.
+    Evaluate the result before you publish it.
 
         redraft-train quantise --draft runs/1/draft --traffic traffic --output runs/1-int8
     """
@@ -42,6 +42,6 @@ def quantise(
 
         dataset = read_traffic(settings, Models(settings).identity)
         dataset.require(training=1)
-        texts = [[*example.prompt_token_ids, *example.output_token_ids] for example in dataset.training]
+        texts = [example.token_ids for example in dataset.training]
         quantise_checkpoint(ModelRef.parse(draft), output, texts, progress=say)
         say(f"{output}: int8, calibrated on {len(texts)} sequences")

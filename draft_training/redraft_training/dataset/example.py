@@ -63,6 +63,11 @@ class Example:
     tenant: str = ""
 
     @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The text: prompt and output."""
+        return (*self.prompt_token_ids, *self.output_token_ids)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens to run through a model: prompt, output and branches."""
         branch_tokens = sum(len(branch.token_ids) for branch in self.branches)

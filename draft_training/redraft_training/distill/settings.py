@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from redraft_training.distill.schedule import Decay
 from redraft_training.objectives.objective import Objective
+from redraft_training.objectives.presets import word_kd
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -20,7 +21,7 @@ class DistillSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    objective: Objective = Objective(temperature=1.0)
+    objective: Objective = word_kd()
     """What the draft learns from, by which measure, on which states. Default: word_kd."""
     epochs: Annotated[int, Field(ge=1)] = 4
     """Passes over the training data."""
@@ -56,7 +57,7 @@ class DistillSettings(BaseModel):
     @classmethod
     def _complete(cls, value: Any) -> Any:
         """Settings of an objective change the default one; an `Objective` is meant as it is."""
-        return {"temperature": 1.0, **value} if isinstance(value, dict) else value
+        return {**word_kd().model_dump(exclude_unset=True), **value} if isinstance(value, dict) else value
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must have in common with its checkpoint, ready for JSON."""

@@ -217,6 +217,7 @@ def test_draft_kv_of_a_hit_counts_only_up_to_the_first_gap_and_only_of_this_draf
     miss = sim.add([1, 2, 3, 4, 5], max_new_tokens=6)
     sim.scheduler.schedule()
     assert (miss.state.num_computed, miss.state.num_draft_computed) == (4, 0)
+    assert miss.state.draft_rebuild_end == 4  # the new draft reads what the target found in the cache in slices
     sim.cancel(miss)
 
 
