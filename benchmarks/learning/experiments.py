@@ -23,12 +23,8 @@ NUM_EVALUATION = 60
 DRIFT_REQUESTS = 200  # of A, then of B without replay
 DRIFT_STEPS = ((0, 100), (100, 200), (200, 400))  # requests of B, learnt with replay of as many of A
 LONG_DRIFT_STEPS = (*DRIFT_STEPS, (400, 1000))
-CYCLE_SETTINGS = (
-    "distill.epochs=2",
-    "distill.batch_tokens=1024",
-    "distill.learning_rate=0.0007",
-    "student.vocab_size=16384",
-)
+DOMAIN_SETTINGS = ("distill.epochs=2", "distill.batch_tokens=1024", "student.vocab_size=16384")
+CYCLE_SETTINGS = (*DOMAIN_SETTINGS, "distill.learning_rate=0.0007")
 ABLATION_DOMAINS, ABLATION_REQUESTS = ("sql", "support"), 80
 SHORT_SETTINGS = (
     "distill.epochs=2",
@@ -91,7 +87,8 @@ def domains(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> No
         for cycle in cycles:
             fresh = traffic[seen : CYCLE * cycle]
             examples = [*fresh, *traffic[:seen][-len(fresh) :]]
-            draft = _learn(bench, f"domains/{domain}/cycle {cycle}", examples, draft, {domain: evaluation}, fresh)
+            key, judged_on = f"domains/{domain}/cycle {cycle}", {domain: evaluation}
+            draft = _learn(bench, key, examples, draft, judged_on, fresh, DOMAIN_SETTINGS)
             seen = CYCLE * cycle
 
 

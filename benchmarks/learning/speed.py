@@ -28,7 +28,7 @@ SAMPLING = {
 
 
 def speed(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> None:
-    """Every domain with the pruned draft, the general one, and what the other experiments have trained for it last."""
+    """Every domain with the pruned draft, the general one, and what the other experiments have trained for it."""
     tokenizer = load_tokenizer(ModelRef.parse("demo"))
     target = SharedModel.load("demo", tokenizer)
     drafts = {"pruned": pruned, "general": general}
@@ -41,8 +41,8 @@ def speed(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> None
 
 def _trained(domain: str) -> Mapping[str, ModelRef]:
     """Drafts that are on this disk, by what was done to them."""
-    cycle = (LONG_CYCLES if domain in LONG_DOMAINS else CYCLES)[-1]
-    runs = {f"cycle {cycle}": f"domains-{domain}-cycle_{cycle}"}
+    cycles = LONG_CYCLES if domain in LONG_DOMAINS else CYCLES
+    runs = {f"cycle {cycle}": f"domains-{domain}-cycle_{cycle}" for cycle in cycles}
     for first, second in FAR_PAIRS:
         if domain in (first, second):
             pair = f"drift-{first}_to_{second}-3_B_with_replay"

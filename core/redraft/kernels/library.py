@@ -67,6 +67,11 @@ class CpuKernels:
         self._lib.redraft_recover.argtypes = (*(c_void_p,) * 5, *(c_long,) * 2, *(c_void_p,) * 2)
         self._lib.redraft_overlaps.argtypes = (*(c_void_p,) * 4, *(c_long,) * 2, c_void_p)
         self.is_supported = bool(self._lib.redraft_supported())
+        self.use_wide(True)
+
+    def use_wide(self, wanted: bool) -> bool:
+        """Compute linear layers with AVX-512, which gives bitwise the same; whether it is used: not every CPU can."""
+        return bool(self._lib.redraft_use_wide(wanted))
 
     def start_pool(self, num_threads: int) -> int:
         """Let the kernels use that many threads, the caller included; a pool only ever grows."""

@@ -10,25 +10,19 @@
  * What few rows cost is reading the weights, so they are read once: up to 3 rows take four panels at a time, up to
  * 6 two, 7 to 12 one. More rows take several passes over blocks of k that stay in the first-level cache, and each pass
  * fetches its share of the next block. Quantised weights are widened block by block into that cache or, for a few rows,
- * in registers (widen.c).
+ * in registers (widen.c). Processors with AVX-512 do the same with wider vectors (wide.c).
  */
 #include "linear.h"
 
 #include <immintrin.h>
 #include <stdlib.h>
 
+#include "wide.h"
 #include "widen.h"
 
 enum { WIDTH = 8, K_BLOCK = 192, ONE_PASS = 12, PAIR_ROWS = 6, QUAD_ROWS = 3, STEP_BYTES = 4 * WIDTH };
 /* bytes to fetch ahead; tried from 0 to 8192, and as pairs do it, the panels that follow */
 enum { AHEAD_QUAD = 512, AHEAD_SINGLE = 4096 };
-
-typedef struct {
-  const linear_layer *layer;
-  const float *x; /* packed, see pack_rows */
-  float *y;
-  long m, pairs_per_item;
-} linear_job;
 
 /* ---- k steps of x, packed [k][rows], added to y (or to the bias, or to zero, at the start): one sum in order of k,
  * however it is cut. Written out row by row because compilers keep an array of accumulators in memory ---- */
@@ -127,15 +121,12 @@ DEFINE_QUAD(1) DEFINE_QUAD(2) DEFINE_QUAD(3)
 
 /* ---- blocks of rows and of k ---- */
 
+static int is_wide_used;
+
 /* Most rows of m in a block: one panel's sums of 12 rows fit the registers, or two panels' of 6. */
 static inline long most_rows(const linear_layer *layer, long m) {
+  if (is_wide_used) return WIDE_ROWS;
   return layer->kind == LINEAR_FP32 && m <= ONE_PASS ? ONE_PASS : PAIR_ROWS;
-}
-
-/* Rows to take next when `left` remain: as few and as even blocks as possible. */
-static inline long next_rows(long most, long left) {
-  long blocks = (left + most - 1) / most;
-  return (left + blocks - 1) / blocks;
 }
 
 /* x [m][k] with each block of rows transposed to [k][rows], in a buffer that only grows. NULL: memory ran out. */
@@ -236,9 +227,9 @@ int linear_run(const linear_layer *layer, const float *x, float *y, long m) {
   if (!packed) return -1;
   long pairs = layer->n / (2 * WIDTH), items = 4 * pool_threads();
   long each = (pairs + items - 1) / items;
-  each += each % 2; /* few rows take two pairs at a time */
+  each += each % 2; /* two pairs are taken at a time */
   linear_job job = {layer, packed, y, m, each};
-  pool_run(linear_item, &job, (pairs + each - 1) / each);
+  pool_run(is_wide_used ? wide_item : linear_item, &job, (pairs + each - 1) / each);
   return 0;
 }
 
@@ -248,6 +239,12 @@ int redraft_linear(const linear_layer *layer, const float *x, float *y, long m) 
   int status = linear_run(layer, x, y, m);
   pool_leave();
   return status;
+}
+
+/* Use AVX-512 where the processor has it, or not. Returns whether it is used; not while another call runs. */
+int redraft_use_wide(int wanted) {
+  is_wide_used = wanted && wide_is_supported();
+  return is_wide_used;
 }
 
 int redraft_supported(void) {

@@ -15,6 +15,20 @@ typedef struct {
   long k, n;            /* inputs; outputs, a multiple of 16 */
 } linear_layer;
 
+/* A product that the pool shares out: an item is `pairs_per_item` pairs of panels. */
+typedef struct {
+  const linear_layer *layer;
+  const float *x; /* each block of rows packed [k][rows] */
+  float *y;
+  long m, pairs_per_item;
+} linear_job;
+
+/* Rows to take next when `left` remain: as few and as even blocks as possible. */
+static inline long next_rows(long most, long left) {
+  long blocks = (left + most - 1) / most;
+  return (left + blocks - 1) / blocks;
+}
+
 /* y[m, n] = x[m, k] w^T (+ bias); the caller has entered the pool. 0, or -1: memory ran out. */
 INTERNAL int linear_run(const linear_layer *layer, const float *x, float *y, long m);
 

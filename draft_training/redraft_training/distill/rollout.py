@@ -113,11 +113,11 @@ class StudentRollouts:
         targets = supervision(self.teacher, batch, self._objective)
         if self._objective.how != "policy_gradient":
             return targets
-        return RolloutTargets.from_dense(targets, batch, self._behaviour_log_probs(batch))
+        return RolloutTargets.from_dense(targets, batch, self._behaviour_log_probs(batch, targets))
 
-    def _behaviour_log_probs(self, batch: Batch) -> Tensor:
+    def _behaviour_log_probs(self, batch: Batch, targets: Targets) -> Tensor:
         """[n] log-probability with which each token of the rollouts was drawn: of the mixture of both raw
-        distributions, after the sampling parameters, as `mixed_runner` draws."""
+        distributions, after the sampling parameters, as `mixed_runner` draws. `targets`: of the objective, dense."""
         output = self._student(batch)
         mixed = output.logits
         if output.vocab_ids is not None:
@@ -125,7 +125,8 @@ class StudentRollouts:
             mixed = full.index_copy_(1, output.vocab_ids, mixed)
         mixed = mixed[:, : self._vocab_size].log_softmax(dim=1)
         if self.mixing:
-            p = self.teacher.targets(batch, temperature=1.0).probs.to(mixed.device)
+            raw = targets if self._objective.temperature == 1.0 else self.teacher.targets(batch, temperature=1.0)
+            p = raw.probs.to(mixed.device)
             mixed = (self.mixing * p + (1.0 - self.mixing) * mixed.exp()).log()
         rows = [replace(row, params=self._sampling(row.params)) for row in batch.sampling_rows]
         drawn = batch.next_ids.clamp(min=0).to(mixed.device).unsqueeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +18,14 @@ SHAPES = [(8, 16), (64, 48), (33, 50), (576, 1), (7, 130), (600, 176)]  # k abov
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 19, 25, 40]
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["avx2", "avx512"])
+def instructions(request: pytest.FixtureRequest, kernels: CpuKernels) -> Iterator[None]:
+    if kernels.use_wide(request.param) is not request.param:
+        pytest.skip("this processor has no AVX-512")
+    yield
+    kernels.use_wide(True)
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -28,6 +37,15 @@ def linear(k: int, n: int, *, bias: bool) -> nn.Linear:
     if bias:
         layer.bias.copy_(random(n, seed=1))
     return layer
+
+
+def packed_linear(
+    layer: nn.Linear, kind: type[NativeLinear] | type[Int8Linear] | int, kernels: CpuKernels
+) -> KernelLinear:
+    """Packed as this class does it, or in groups of so many bits."""
+    if isinstance(kind, int):
+        return GroupLinear(layer, nearest_groups(layer.weight, kind), kernels)
+    return kind(layer, kernels)
 
 
 def meaning(layer: nn.Linear, kind: type[KernelLinear]) -> Tensor:
@@ -78,6 +96,18 @@ def test_pack_is_aligned_and_fills_the_last_panels_with_zeros(dtype: torch.dtype
     assert not packed[3].any()
 
 
+@pytest.mark.parametrize("kind", [NativeLinear, Int8Linear, 4, 8])
+@pytest.mark.parametrize(("k", "n"), [(64, 50), (608, 176), (1536, 48)])
+def test_avx512_gives_bitwise_the_same(
+    kernels: CpuKernels, kind: type[NativeLinear] | type[Int8Linear] | int, k: int, n: int
+) -> None:
+    packed = packed_linear(linear(k, n, bias=True), kind, kernels)
+    x = random(40, k, seed=3)
+    for rows in range(1, 41):
+        results = [packed(x[:rows]) for wanted in (False, True) if kernels.use_wide(wanted) is wanted]
+        assert all(torch.equal(results[0], other) for other in results), f"{rows} rows at once"
+
+
 GROUP_SHAPES = [(32, 16), (64, 50), (576, 1), (608, 176), (192, 130)]
 
 
@@ -125,11 +155,7 @@ def test_nothing_is_written_behind_the_rows_asked_for(
 ) -> None:
     """No rows at all included: a head that nobody wants logits of."""
     plain = linear(64, 80, bias=False)
-    packed = (
-        GroupLinear(plain, nearest_groups(plain.weight, kind), kernels)
-        if isinstance(kind, int)
-        else kind(plain, kernels)
-    )
+    packed = packed_linear(plain, kind, kernels)
     layer, x = packed.weight_packed.layer(), random(16, 64)
     for rows in range(14):
         written = torch.full((16, 80), 7.0)
