@@ -33,7 +33,7 @@ def verify(drafted: int, accept: float, recover: float, p: Tensor = P, q: Tensor
 
 def first_token(drafted: int, accept: float, recover: float, p: Tensor = P, q: Tensor = Q) -> int:
     verdict = verify(drafted, accept, recover, p, q)
-    return drafted if int(verdict.num_accepted) else int(verdict.final_token)
+    return drafted if verdict.num_accepted[0] else verdict.final_token[0]
 
 
 def midpoints(count: int) -> list[float]:
@@ -47,9 +47,9 @@ def test_expected_acceptance() -> None:
 
 @pytest.mark.parametrize(("drafted", "threshold"), [(A, 1.0), (B, 0.375), (C, 1.0)])
 def test_maximal_accepts_with_the_ratio(drafted: int, threshold: float) -> None:
-    assert int(verify(drafted, threshold - 1e-4, 0.5).num_accepted) == 1
+    assert verify(drafted, threshold - 1e-4, 0.5).num_accepted[0] == 1
     if threshold < 1.0:
-        assert int(verify(drafted, threshold + 1e-4, 0.5).num_accepted) == 0
+        assert verify(drafted, threshold + 1e-4, 0.5).num_accepted[0] == 0
 
 
 def test_maximal_recovers_from_the_residual() -> None:
@@ -80,10 +80,9 @@ def test_race_with_seed_7(position: int, expected: list[float], drafted: int, em
     assert row[0].tolist() == pytest.approx(expected, abs=5e-4)
     assert int(race(Q.unsqueeze(0), row)) == drafted
     for proposal in (A, B, C):  # the emitted token is the same whatever was drafted
-        tokens = DraftedTokens(torch.tensor([proposal]), torch.tensor([-1]), torch.empty(0, 3))
-        verdict = accept_choice(race(P.repeat(2, 1), row.repeat(2, 1)), tokens, Layout.of([1]))
-        assert int(verdict.num_accepted) == (proposal == emitted)
-        assert emitted == (proposal if int(verdict.num_accepted) else int(verdict.final_token))
+        verdict = accept_choice(race(P.repeat(2, 1), row.repeat(2, 1)).tolist(), [[proposal]])
+        assert verdict.num_accepted[0] == (proposal == emitted)
+        assert emitted == (proposal if verdict.num_accepted[0] else verdict.final_token[0])
     assert accepted == (drafted == emitted)
 
 
@@ -112,7 +111,7 @@ def test_dropping_a_token_after_looking_at_it_is_biased(keep_unlikely: bool, pro
                 verdict = accept_maximal(
                     p.unsqueeze(0), nothing, Layout.of([0]), torch.empty(0), torch.tensor([recover])
                 )
-                emitted[int(verdict.final_token)] += q[drafted] / 10
+                emitted[verdict.final_token[0]] += q[drafted] / 10
     assert emitted[A].item() == pytest.approx(probability_of_a, abs=1e-6)
 
 

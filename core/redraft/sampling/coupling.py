@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -33,29 +34,20 @@ class Layout:
     """Where each sequence's rows lie among the flattened target rows.
 
     Sequence b owns rows first_row[b] .. first_row[b] + num_drafts[b]; example: num_drafts (2, 0, 1) gives
-    first_row [0, 3, 4], num_rows 6, draft_rows [0, 1, 4] (the rows that test a drafted token).
+    first_row (0, 3, 4), num_rows 6, draft_rows [0, 1, 4] (the rows that test a drafted token).
     """
 
     num_drafts: tuple[int, ...]
-    first_row: Tensor  # [sequences] int64
+    first_row: tuple[int, ...]
     draft_rows: Tensor  # [drafted tokens] int64
-    draft_grid: Tensor  # [sequences, max drafts] int64: index among drafted tokens, -1 where there is none
 
     @classmethod
     def of(cls, num_drafts: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-        width = max(num_drafts, default=0)
-        first_row: list[int] = []
-        draft_rows: list[int] = []
-        grid: list[list[int]] = []
-        row = 0
-        for count in num_drafts:
-            first_row.append(row)
-            grid.append([*range(len(draft_rows), len(draft_rows) + count), *[-1] * (width - count)])
-            draft_rows += range(row, row + count)
-            row += count + 1
-        first, tested = (torch.tensor(rows, dtype=torch.int64, device=device) for rows in (first_row, draft_rows))
-        draft_grid = torch.tensor(grid, dtype=torch.int64, device=device).view(len(grid), width)
-        return cls(tuple(num_drafts), first, tested, draft_grid)
+        first_row = tuple(accumulate((count + 1 for count in num_drafts[:-1]), initial=0)) if num_drafts else ()
+        tested = [
+            row for first, count in zip(first_row, num_drafts, strict=True) for row in range(first, first + count)
+        ]
+        return cls(tuple(num_drafts), first_row, torch.tensor(tested, dtype=torch.int64, device=device))
 
     @property
     def num_rows(self) -> int:
@@ -97,8 +89,10 @@ class DraftedTokens:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    num_accepted: Tensor  # [sequences] int64
-    final_token: Tensor  # [sequences] int64: the recovered or bonus token
+    """Per sequence, on the host."""
+
+    num_accepted: tuple[int, ...]
+    final_token: tuple[int, ...]  # the recovered or bonus token
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -145,12 +139,6 @@ def keyed_race(probs: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
     return race(probs, exponentials(keys, positions, probs.shape[1]))
 
 
-def _leading(accepted: Tensor, layout: Layout) -> Tensor:
-    """Length of each sequence's accepted prefix: accepted [drafted tokens] bool -> [sequences] int64."""
-    padded = torch.cat([accepted, accepted.new_zeros(1)])  # the grid's -1 points at the padding
-    return padded[layout.draft_grid].int().cumprod(dim=1).sum(dim=1)
-
-
 def accept_maximal(
     target: Tensor, drafted: DraftedTokens, layout: Layout, accept_uniforms: Tensor, recover_uniforms: Tensor
 ) -> Verdict:
@@ -162,13 +150,17 @@ def accept_maximal(
         recover_uniforms: [layout.num_rows] in (0, 1); a sequence uses that of the row its last token is drawn at.
     """
     target_own = target[layout.draft_rows, drafted.token_ids]
-    accepted = accept_uniforms * drafted.probability_of_own_token() < target_own
-    num_accepted = _leading(accepted, layout)
-    final_row = layout.first_row + num_accepted
-    rejected = torch.tensor(layout.num_drafts, device=target.device) > num_accepted
-    padded = torch.nn.functional.pad(layout.draft_grid, (0, 1), value=-1)  # a sequence may have accepted them all
-    drafts = torch.where(rejected, padded.gather(1, num_accepted.unsqueeze(1)).squeeze(1), -1)
-    return Verdict(num_accepted, _recovered(target, final_row, drafted, drafts, recover_uniforms[final_row]))
+    accepted = iter((accept_uniforms * drafted.probability_of_own_token() < target_own).tolist())
+    verdicts = [list(islice(accepted, count)) for count in layout.num_drafts]
+    num_accepted = tuple([*own, False].index(False) for own in verdicts)
+    drafts, start = [], 0  # index of the rejected one among all drafted tokens, -1: none was
+    for count, own in zip(num_accepted, verdicts, strict=True):
+        drafts.append(start + count if count < len(own) else -1)
+        start += len(own)
+    rows = [first + count for first, count in zip(layout.first_row, num_accepted, strict=True)]
+    final_rows, rejected = (torch.tensor(each, dtype=torch.int64, device=target.device) for each in (rows, drafts))
+    tokens = _recovered(target, final_rows, drafted, rejected, recover_uniforms[final_rows])
+    return Verdict(num_accepted, tuple(tokens.tolist()))
 
 
 def _recovered(target: Tensor, rows: Tensor, drafted: DraftedTokens, drafts: Tensor, chances: Tensor) -> Tensor:
@@ -194,12 +186,22 @@ def _recovered(target: Tensor, rows: Tensor, drafted: DraftedTokens, drafts: Ten
     return draw(residual, chances)
 
 
-def accept_choice(choice: Tensor, drafted: DraftedTokens, layout: Layout) -> Verdict:
-    """The target's own pick at every row, [layout.num_rows] int64, is emitted; a drafted token is accepted if it
-    is that. Both couplings come to this at temperature 0, where p is one-hot."""
-    accepted = choice[layout.draft_rows] == drafted.token_ids
-    num_accepted = _leading(accepted, layout)
-    return Verdict(num_accepted, choice[layout.first_row + num_accepted])
+def accept_choice(choice: Sequence[int], drafts: Sequence[Sequence[int]]) -> Verdict:
+    """The target's own pick at every row is emitted; a drafted token is accepted if it is that. Both couplings come to
+    this at temperature 0, where p is one-hot.
+
+    Worked example: choice (7, 8, 9, 4) with drafts ((7, 5), ()): the first sequence has 7 accepted and 8 emitted for 5,
+    so 9, which followed 5, is of no use; the second, without a draft, emits 4.
+    """
+    num_accepted, final_token, first = [], [], 0
+    for draft in drafts:
+        count = 0
+        while count < len(draft) and draft[count] == choice[first + count]:
+            count += 1
+        num_accepted.append(count)
+        final_token.append(choice[first + count])
+        first += len(draft) + 1
+    return Verdict(tuple(num_accepted), tuple(final_token))
 
 
 def expected_acceptance(target: Tensor, drafted: DraftedTokens, layout: Layout) -> Tensor:

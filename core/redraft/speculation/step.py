@@ -10,6 +10,7 @@ the sequence is [.., t, d0, r] with KV of all but r: the KV of d1 and d2 is over
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def speculative_step(
 
     chunks = [_chunk(w, p) for w, p in zip(work, proposal.sequences, strict=True)]
     logits = target.forward(chunks)
-    rows = torch.split(logits, [c.num_logits for c in chunks])
+    rows = logits.split_with_sizes([c.num_logits for c in chunks])
     accepted = _accept(work, proposal, logits, rows, with_probs=observer is not None)
     teacher = _teacher(work, proposal, logits, rows, accepted)
 
@@ -257,27 +258,25 @@ def _accept(
         drafts = [proposal.sequences[i].token_ids for i in members]
         verified = _verified(members, proposal, logits, rows)
         sampling_rows = _sampling_rows(work, proposal, members)
-        layout = Layout.of([len(d) for d in drafts], logits.device)
-        drafted = proposal.drafted_tokens(members, logits.device)
         largest, choice = peaks(verified)
         probs: Tensor | None = None
         if coupling is None:
             adjusted = adjusted_logits(verified, sampling_rows)
             if adjusted is not verified:
                 _, choice = peaks(adjusted)
-            verdict = accept_choice(choice, drafted, layout)
-            alphas = drafted.probability_of(choice[layout.draft_rows]).tolist()
+            verdict = accept_choice(choice.tolist(), drafts)
+            alphas = _greedy_acceptance(choice, proposal, members, drafts)
             if with_probs:
                 probs = torch.zeros_like(verified, dtype=torch.float32).scatter_(1, choice.unsqueeze(1), 1.0)
         else:
             probs = probabilities(verified, sampling_rows)
-            verdict = _couple(coupling, probs, drafted, layout, [work[i].state for i in members])
+            layout = Layout.of([len(d) for d in drafts], logits.device)
+            drafted = proposal.drafted_tokens(members, logits.device)
+            verdict = _couple(coupling, probs, drafted, layout, [work[i] for i in members], drafts)
             alphas = expected_acceptance(probs, drafted, layout).tolist()
-        finite = largest.isfinite().tolist()
+        finite = [math.isfinite(value) for value in largest.tolist()]
         draft_start = row_start = 0
-        for i, d, count, token in zip(
-            members, drafts, verdict.num_accepted.tolist(), verdict.final_token.tolist(), strict=True
-        ):
+        for i, d, count, token in zip(members, drafts, verdict.num_accepted, verdict.final_token, strict=True):
             reached = min(count + 1, len(d))
             result[i] = _Accepted(
                 count,
@@ -291,18 +290,35 @@ def _accept(
     return result
 
 
+def _greedy_acceptance(
+    choice: Tensor, proposal: Proposal, members: Sequence[int], drafts: Sequence[tuple[int, ...]]
+) -> list[float]:
+    """Expected acceptance at every drafted token of these sequences where p is one-hot: q of the target's pick."""
+    if not any(drafts):
+        return []
+    tested = Layout.of([len(d) for d in drafts], choice.device).draft_rows
+    alphas: list[float] = proposal.drafted_tokens(members, choice.device).probability_of(choice[tested]).tolist()
+    return alphas
+
+
 def _couple(
-    coupling: Coupling, probs: Tensor, drafted: DraftedTokens, layout: Layout, states: Sequence[SequenceState]
+    coupling: Coupling,
+    probs: Tensor,
+    drafted: DraftedTokens,
+    layout: Layout,
+    work: Sequence[Work],
+    drafts: Sequence[tuple[int, ...]],
 ) -> Verdict:
     """Apply one coupling with each sequence's own randomness; row j of a sequence is output position n + j."""
     device = probs.device
     counts = torch.tensor([n + 1 for n in layout.num_drafts], device=device)
-    keys = as_key_tensor([state.key for state in states], device)
-    first = torch.tensor([state.num_output_tokens for state in states], device=device)
+    keys = as_key_tensor([w.state.key for w in work], device)
+    offsets = [w.state.num_output_tokens - first for w, first in zip(work, layout.first_row, strict=True)]
     row_keys = keys.repeat_interleave(counts)
-    row_positions = torch.arange(layout.num_rows, device=device) + (first - layout.first_row).repeat_interleave(counts)
+    row_positions = torch.arange(layout.num_rows, device=device)
+    row_positions += torch.tensor(offsets, device=device).repeat_interleave(counts)
     if coupling is Coupling.DRAFTER_INVARIANT:
-        return accept_choice(keyed_race(probs, row_keys, row_positions), drafted, layout)
+        return accept_choice(keyed_race(probs, row_keys, row_positions).tolist(), drafts)
     tested = layout.draft_rows
     accept = uniforms(row_keys[tested], row_positions[tested], Purpose.ACCEPT)
     # keyed by the row the token ends up on, which is known only after acceptance: give every row its own number

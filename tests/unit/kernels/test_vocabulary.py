@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import ne
+
 import pytest
 import torch
 from torch import Tensor
@@ -157,8 +159,8 @@ def test_speculative_sampling_is_that_of_torch(
     found = accept_maximal(p, drafted, layout, accept, recover)
     without_kernels(monkeypatch)
     expected = accept_maximal(p, drafted, layout, accept, recover)
-    assert torch.equal(found.num_accepted, expected.num_accepted)
-    assert int((found.final_token != expected.final_token).sum()) <= 2  # a sum in another order
+    assert found.num_accepted == expected.num_accepted
+    assert sum(map(ne, found.final_token, expected.final_token)) <= 2  # a sum in another order
 
 
 def test_a_residual_of_nothing_leaves_the_target_s_own_distribution(kernels: CpuKernels) -> None:
