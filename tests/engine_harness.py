@@ -23,6 +23,7 @@ from redraft.speculation.fallback import FallbackProposer
 from redraft.speculation.length import LengthController
 from redraft.speculation.ngram import NgramProposer
 from redraft.speculation.proposer import Proposer
+from redraft.speculation.state import SequenceState
 from redraft.telemetry.metrics import ServerMetrics
 from redraft_server.engine.api import (
     ChoiceDelta,
@@ -61,6 +62,7 @@ class EngineSpec:
     max_waiting: int = 256
     prefix_cache: bool = True
     adaptive: bool = False
+    least_chance: float | None = None  # that a drafted token must have to be accepted, see FixedPrice
     teacher_top_n: int = 0
 
 
@@ -126,6 +128,21 @@ def make_runner(model: PreTrainedModel, spec: EngineSpec) -> ModelRunner:
     return ModelRunner(model, num_blocks=spec.num_blocks, block_size=spec.block_size, vocab_size=spec.vocab_size)
 
 
+class FixedPrice(LengthController):
+    """Drafts as long as all of it is accepted with a given chance, as far as the draft's own distribution tells."""
+
+    def __init__(self, least_chance: float) -> None:
+        super().__init__("draft_model", StepCost(), None)
+        self._least_chance = least_chance
+
+    def allow(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
+        return list(limits)
+
+    @property
+    def token_price(self) -> float:
+        return self._least_chance
+
+
 def make_proposer(spec: EngineSpec, target_cost: StepCost, epoch: int = 0) -> Proposer | None:
     def length(name: str, cost: StepCost | None) -> LengthController | None:
         return LengthController(name, target_cost, cost) if spec.adaptive else None
@@ -139,7 +156,7 @@ def make_proposer(spec: EngineSpec, target_cost: StepCost, epoch: int = 0) -> Pr
             version=version,
             epoch=epoch,
             max_catch_up=spec.max_catch_up,
-            length=length("draft_model", StepCost()),
+            length=length("draft_model", StepCost()) if spec.least_chance is None else FixedPrice(spec.least_chance),
         )
 
     def ngram() -> Proposer:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 from benchmarks.learning.bench import Bench, K
+from benchmarks.learning.speed import MAX_DRAFT, NEW_TOKENS, NUM_PROMPTS
 from benchmarks.machine import machine_line
 from benchmarks.report import RESULTS, table, write_page
 
@@ -54,8 +55,8 @@ def write(bench: Bench) -> None:
     if found := by_experiment.get("speed"):
         parts += [
             "## Tokens a second",
-            "One stream, prefill included, with the draft (adaptive length, at most "
-            f"{K}) over without it in turn: median and quartiles over the prompts.",
+            f"One stream, until end-of-text or {NEW_TOKENS} tokens, prefill included, with the draft (adaptive length, "
+            f"at most {MAX_DRAFT}) over without it in turn: median and quartiles over {NUM_PROMPTS} prompts.",
             table(("domain / draft", *_SPEED_HEADER), [[key, *_speed(found[key])] for key in sorted(found)]),
         ]
     for name, title in _SEEDED.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.engine.alternate import Run, alternate
 from benchmarks.engines import SharedModel, generate, running_engine
-from benchmarks.learning.bench import FOLDER, Bench, K
+from benchmarks.learning.bench import FOLDER, Bench
 from benchmarks.learning.experiments import CYCLES, DOMAINS, FAR_PAIRS, LONG_CYCLES, LONG_DOMAINS
 from benchmarks.prompts import load_domain
 from redraft.models.ref import ModelRef
@@ -17,10 +17,12 @@ from redraft.sampling.params import SamplingParams, StoppingParams
 from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.length import LengthController
 from redraft.speculation.proposer import Proposer
+from redraft_server.config import SpeculationConfig
 from redraft_training.cycle_models import directory_ref
 
 BENCHMARK = "spec_bench"  # of all kinds: only for the general draft
-NUM_PROMPTS, NEW_TOKENS = 4, 64
+NUM_PROMPTS, NEW_TOKENS = 6, 64
+MAX_DRAFT = SpeculationConfig().num_speculative_tokens  # as a server has it
 SAMPLING = {
     "greedy": SamplingParams(temperature=0.0),
     "sampled": SamplingParams(temperature=0.7, top_p=0.95),
@@ -63,9 +65,9 @@ def _measure(
 
     def run(one: Proposer | None, sampling: SamplingParams) -> Run:
         def completed(cycle: int) -> float:
-            k = 0 if one is None else K
+            k = 0 if one is None else MAX_DRAFT
             with running_engine(target, tokenizer, one, k=k, target_cost=cost, max_running=1) as engine:
-                stopping = StoppingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+                stopping = StoppingParams(max_new_tokens=NEW_TOKENS)
                 started = time.perf_counter()
                 (result,) = generate(engine, [prompts[cycle]], [sampling], stopping)
                 return len(result.token_ids) / (time.perf_counter() - started)

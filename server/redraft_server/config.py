@@ -69,10 +69,11 @@ class SpeculationConfig(_Group):
     proposer: ProposerName = "ngram"
     """none, ngram (look the tail up in the request's own tokens), draft_model, or ngram+draft_model (ngram where
     it matches, else the draft). Default: draft_model if model.draft or registry.url is set, else ngram."""
-    num_speculative_tokens: int = Field(default=4, ge=0, le=64)
+    num_speculative_tokens: int = Field(default=8, ge=0, le=64)
     """Most tokens proposed per step and sequence (k). 0: no speculation."""
     adaptive: bool = True
-    """Choose k up to that limit per sequence, from its acceptance and measured step cost; 0 while it loses."""
+    """Choose k up to that limit per sequence, from its acceptance, how sure the draft is of each token, and measured
+    step cost; 0 while it loses."""
     ngram_min: int = Field(default=2, ge=1, le=32)
     """Shortest tail of tokens that the ngram proposer looks up."""
     ngram_max: int = Field(default=4, ge=1, le=32)

@@ -42,7 +42,7 @@ PARAMETERS = {
     },
 }
 CASES = [
-    *itertools.product(PARAMETERS, [Coupling.MAXIMAL], ("draft", "ngram+draft")),
+    *itertools.product(PARAMETERS, [Coupling.MAXIMAL], ("draft", "ngram+draft", "draft that stops")),
     # for the other proposers the very same samples are asserted below
     *itertools.product(PARAMETERS, [Coupling.DRAFTER_INVARIANT], ("draft",)),
 ]
@@ -70,7 +70,8 @@ def exact_joint(model: PreTrainedModel, params: SamplingParams) -> dict[tuple[in
 def sample(proposer: str, name: str, coupling: Coupling) -> tuple[Counter[tuple[int, ...]], int, int]:
     """Counts of the first LENGTH tokens; how many tokens were drafted and accepted."""
     spec = EngineSpec(
-        proposer=proposer,
+        proposer=proposer.removesuffix(" that stops"),
+        least_chance=0.25 if proposer.endswith("stops") else None,
         vocab_size=VOCAB,
         num_blocks=512,
         max_running=64,
@@ -124,6 +125,13 @@ def test_three_tokens_jointly(name: str, coupling: Coupling, proposer: str) -> N
     p = p_value(counts, law)
     print(f"p = {p:.4f}, acceptance rate {accepted / drafted:.2f}  [{name}, {coupling.value}, {proposer}]")  # noqa: T201
     assert p > THRESHOLD
+
+
+def test_a_draft_stops_where_it_is_not_sure() -> None:
+    """So that the cases above have proposals of every length."""
+    _, always, _ = sample("draft", "top_p", Coupling.MAXIMAL)
+    _, sometimes, _ = sample("draft that stops", "top_p", Coupling.MAXIMAL)
+    assert 0.1 * always < sometimes < 0.9 * always
 
 
 @pytest.mark.parametrize("name", ["top_p", "min_p_penalties"])

@@ -61,9 +61,11 @@ class CpuKernels:
         self._lib.redraft_start_pool.argtypes = (c_int,)
         self._lib.redraft_summarise.argtypes = (c_void_p, *(c_long,) * 3, *(c_void_p,) * 5)
         self._lib.redraft_probabilities.argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 5)
-        for name in ("race", "draw", "peaks"):
+        self._lib.redraft_peaks.argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 3)
+        for name in ("race", "draw"):
             getattr(self._lib, f"redraft_{name}").argtypes = (c_void_p, *(c_long,) * 2, *(c_void_p,) * 2)
-        self._lib.redraft_row_bits.argtypes = (*(c_void_p,) * 2, *(c_long,) * 2, c_void_p)
+        for name in ("row_bits", "uniforms"):
+            getattr(self._lib, f"redraft_{name}").argtypes = (*(c_void_p,) * 2, *(c_long,) * 2, c_void_p)
         self._lib.redraft_recover.argtypes = (*(c_void_p,) * 5, *(c_long,) * 2, *(c_void_p,) * 2)
         self._lib.redraft_overlaps.argtypes = (*(c_void_p,) * 4, *(c_long,) * 2, c_void_p)
         self.is_supported = bool(self._lib.redraft_supported())
@@ -228,6 +230,12 @@ class CpuKernels:
         self._lib.redraft_row_bits(keys.data_ptr(), positions.data_ptr(), len(keys), purpose, bits.data_ptr())
         return bits
 
+    def uniforms(self, keys: Tensor, positions: Tensor, purpose: int) -> Tensor:
+        """A number in (0, 1) a row: keys and positions [rows] int64 -> [rows] float64."""
+        numbers = torch.empty(len(keys), dtype=torch.float64)
+        self._lib.redraft_uniforms(keys.data_ptr(), positions.data_ptr(), len(keys), purpose, numbers.data_ptr())
+        return numbers
+
     def draw(self, weights: Tensor, uniforms: Tensor) -> Tensor:
         """The id at which each row's cumulative sum passes uniform * total, never one of weight 0 unless all are.
 
@@ -264,8 +272,16 @@ class CpuKernels:
     def peaks(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The largest of each row [rows, vocab_size] and its first id, [rows] int64; NaN and 0 where one is NaN."""
         ids, values = torch.empty(scores.shape[0], dtype=torch.int64), torch.empty(scores.shape[0])
-        self._lib.redraft_peaks(scores.data_ptr(), *scores.shape, ids.data_ptr(), values.data_ptr())
+        self._lib.redraft_peaks(scores.data_ptr(), *scores.shape, ids.data_ptr(), values.data_ptr(), None)
         return values, ids
+
+    def sure_peaks(self, scores: Tensor) -> tuple[list[float], list[int]]:
+        """softmax's largest of each row [rows, vocab_size] and its first id, on the host."""
+        rows = scores.shape[0]
+        ids, values, shares = array("q", bytes(8 * rows)), array("f", bytes(4 * rows)), array("f", bytes(4 * rows))
+        addresses = [each.buffer_info()[0] for each in (ids, values, shares)]
+        self._lib.redraft_peaks(scores.data_ptr(), *scores.shape, *addresses)
+        return shares.tolist(), ids.tolist()
 
     def overlaps(self, p: Tensor, p_rows: Tensor, q: Tensor, q_rows: Tensor) -> Tensor:
         """sum_v min(p_v, q_v) of pairs of rows of p and q [rows, vocab_size]; the rows' indices are int64 [pairs]."""

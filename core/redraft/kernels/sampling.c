@@ -198,10 +198,21 @@ INLINE uint64_t mix64(uint64_t v) {
   return v ^ v >> 31;
 }
 
+INLINE uint64_t bits_of(uint64_t key, uint64_t position, uint64_t purpose) {
+  return mix64(mix64(key + (position + 1) * 0x9E3779B97F4A7C15u) + purpose * 0xD1B54A32D192ED03u);
+}
+
 /* redraft.sampling.randomness.row_bits */
-AVX2 void redraft_row_bits(const uint64_t *keys, const uint64_t *positions, long rows, uint64_t purpose, uint64_t *bits) {
+AVX2 void redraft_row_bits(const uint64_t *keys, const uint64_t *positions, long rows, uint64_t purpose,
+                           uint64_t *bits) {
+  for (long row = 0; row < rows; row++) bits[row] = bits_of(keys[row], positions[row], purpose);
+}
+
+/* redraft.sampling.randomness.uniforms */
+AVX2 void redraft_uniforms(const uint64_t *keys, const uint64_t *positions, long rows, uint64_t purpose,
+                           double *uniforms) {
   for (long row = 0; row < rows; row++)
-    bits[row] = mix64(mix64(keys[row] + (positions[row] + 1) * 0x9E3779B97F4A7C15u) + purpose * 0xD1B54A32D192ED03u);
+    uniforms[row] = ((double)(bits_of(keys[row], positions[row], purpose) >> 12) + 0.5) * 0x1p-52;
 }
 
 typedef struct {

@@ -87,13 +87,15 @@ typedef struct {
   const float *scores;
   long n;
   int64_t *ids;
-  float *values;
+  float *values, *shares;
 } peak_job;
 
 AVX2 static void peak_item(void *arg, long row) {
   peak_job *job = arg;
   const float *x = job->scores + row * job->n;
   float most = job->values[row] = maximum(x, job->n);
+  if (job->shares) /* NaN as well where the largest is not finite */
+    job->shares[row] = most - most == 0.0f ? 1.0f / (float)sum_exp(x, job->n, most, 1.0f, NULL) : __builtin_nanf("");
   job->ids[row] = 0;
   for (long i = 0; i < job->n; i += 8) {
     int lanes = _mm256_movemask_ps(_mm256_cmp_ps(load_rest(x, i, job->n), _mm256_set1_ps(most), _CMP_EQ_OQ));
@@ -101,9 +103,10 @@ AVX2 static void peak_item(void *arg, long row) {
   }
 }
 
-/* The largest score of every row and its first id; NaN and 0 where one is NaN. */
-void redraft_peaks(const float *scores, long rows, long n, int64_t *ids, float *values) {
-  peak_job job = {scores, n, ids, values};
+/* The largest score of every row and its first id; NaN and 0 where one is NaN. `shares`, unless NULL: its part of the
+ * sum of all exponentials. */
+void redraft_peaks(const float *scores, long rows, long n, int64_t *ids, float *values, float *shares) {
+  peak_job job = {scores, n, ids, values, shares};
   pool_enter();
   pool_run(peak_item, &job, rows);
   pool_leave();

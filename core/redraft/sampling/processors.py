@@ -68,6 +68,16 @@ def peaks(scores: Tensor) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
+def sure_peaks(scores: Tensor) -> tuple[list[float], list[int]]:
+    """The largest probability of softmax(scores) and its id, for each row of float32 scores [rows, vocab_size]; NaN
+    where a score is NaN."""
+    kernels = kernels_for(scores)
+    if kernels is not None:
+        return kernels.sure_peaks(scores.contiguous())
+    values, ids = scores.max(dim=1)
+    return (values - scores.logsumexp(dim=1)).exp().tolist(), ids.tolist()
+
+
 def adjusted_logits(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """logits [rows, vocab_size] as float32, after penalties, bias and bans; the argument itself if nothing changes.
 

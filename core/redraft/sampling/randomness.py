@@ -73,6 +73,9 @@ def row_bits(keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
 
 def uniforms(keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
     """[rows] float64 in the open interval (0, 1), 52 random bits each: with 53, adding a half could round up to 1."""
+    kernels = library() if keys.device.type == "cpu" else None
+    if kernels is not None:
+        return kernels.uniforms(keys.contiguous(), positions.contiguous(), int(purpose))
     bits = _shift_right(row_bits(keys, positions, purpose), 12, 64)
     return (bits.double() + 0.5) * 2.0**-52
 

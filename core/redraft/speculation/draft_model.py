@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from redraft.models.runner import Chunk, ModelRunner
 from redraft.sampling.coupling import draw, keyed_race
 from redraft.sampling.params import Coupling
-from redraft.sampling.processors import adjusted_logits, peaks, probabilities
+from redraft.sampling.processors import adjusted_logits, peaks, probabilities, sure_peaks
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
 from redraft.speculation.length import LengthController
 from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, SequenceProposal, nothing_proposed
@@ -31,7 +33,7 @@ class DraftModelProposer:
         version: goes into every proposal.
         max_rebuild: None: as `max_catch_up`.
         epoch: changes with every draft put into service; KV of another epoch counts as missing.
-        length: chooses how many tokens to draft; None: as many as allowed.
+        length: says whether to draft, and what a token and a pass must be worth; None: as many as allowed.
     """
 
     name = "draft_model"
@@ -55,49 +57,61 @@ class DraftModelProposer:
 
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
         if self.length is not None:
-            limits = self.length.choose(states, limits)
+            limits = self.length.allow(states, limits)
         ready = self._catch_up(states, limits)
         if not ready:
             return nothing_proposed(len(states), self.runner.vocab_size, self.runner.device)
-        # longest first: at every depth the sequences still drafting are a prefix of the list
-        ready.sort(key=lambda index: -limits[index])
-        active = [states[index] for index in ready]
-        depth = [limits[index] for index in ready]
-        drafted: list[list[int]] = [[] for _ in active]
-        rows: list[list[int]] = [[] for _ in active]
+        drafts = {index: _Draft(states[index], limits[index]) for index in ready}
+        active = list(drafts.values())
         probs: list[Tensor] = []
         num_rows = 0
-        logits = self._ingest_pending(active)
+        logits = self._ingest_pending([draft.state for draft in active])
         started: float | None = None  # of a pass of one token each, which is what lengths are chosen by
         while True:
-            tokens, q = _draw_tokens(logits, active, drafted[: len(active)])
+            drawn = _draw(logits, active, self._is_worth_a_token)
             if started is not None and self.length is not None and self.length.draft_cost is not None:
                 self.length.draft_cost.observe(len(active), time.perf_counter() - started)
-            for index, token in enumerate(tokens):
-                drafted[index].append(token)
-                rows[index].append(CERTAIN if active[index].params.is_greedy else num_rows)
-                num_rows += not active[index].params.is_greedy
-            probs.append(q)
-            active = [s for s, d, limit in zip(active, drafted, depth, strict=False) if len(d) < limit]
+            active = drawn.drafts
+            for draft, token in zip(active, drawn.tokens, strict=True):
+                draft.tokens.append(token)
+                draft.rows.append(CERTAIN if draft.is_greedy else num_rows)
+                num_rows += not draft.is_greedy
+            probs.append(drawn.q)
+            count = len(active)
+            active = [d for d in active if len(d.tokens) < d.limit and self._is_worth_a_pass(d, count)]
             if not active:
                 break
             started = time.perf_counter()
             logits = self.runner.forward(
-                [
-                    Chunk(d[-1:], len(s.token_ids) + len(d) - 1, s.block_ids)
-                    for s, d in zip(active, drafted, strict=False)
-                ]
+                [Chunk(d.tokens[-1:], len(d.state.token_ids) + len(d.tokens) - 1, d.state.block_ids) for d in active]
             )
-        result = [NOTHING] * len(states)
-        for index, tokens_of, rows_of in zip(ready, drafted, rows, strict=True):
-            result[index] = SequenceProposal(tuple(tokens_of), tuple(rows_of), self.name, self.version)
-        return Proposal(tuple(result), torch.cat(probs))
+        result = [drafts[i].proposal(self) if i in drafts else NOTHING for i in range(len(states))]
+        return Proposal(tuple(result), probs[0] if len(probs) == 1 else torch.cat(probs))
+
+    def _is_worth_a_token(self, draft: _Draft, sureness: float) -> bool:
+        """Whether the next token's chance, known before it is drawn, pays for its verification."""
+        if self.length is None:
+            return True
+        chance = draft.survival * self.length.confidence.rate(sureness, greedy=draft.is_greedy)
+        if chance < self.length.token_price:
+            return False
+        draft.survival = chance
+        draft.sureness.append(sureness)
+        return True
+
+    def _is_worth_a_pass(self, draft: _Draft, num_active: int) -> bool:
+        """Whether one more token may be expected to pay for its share of a pass and its verification."""
+        if self.length is None:
+            return True
+        price = self.length.token_price + self.length.pass_price(num_active)
+        return draft.survival * self.length.rate(draft.state) >= price
 
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
         """Keep the draft's KV of what was accepted. The last drafted token was never run through the draft."""
         state.num_draft_computed = len(state.token_ids) + min(num_accepted, len(proposal.token_ids) - 1)
         if self.length is not None:
             self.length.observe(state, num_accepted, len(proposal.token_ids))
+            self.length.confidence.observe(proposal.sureness, num_accepted, greedy=state.params.is_greedy)
 
     def _catch_up(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """Indices of the sequences that can draft in this step; ingests part of what others lack."""
@@ -138,29 +152,70 @@ class DraftModelProposer:
         return logits
 
 
+@dataclass(slots=True)
+class _Draft:
+    """What is being drafted for one sequence."""
+
+    state: SequenceState
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    sureness: list[float] = field(default_factory=list)
+    survival: float = 1.0  # chance that all of it is accepted
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.state.params.is_greedy
+
+    def proposal(self, proposer: DraftModelProposer) -> SequenceProposal:
+        if not self.tokens:
+            return NOTHING
+        parts = (tuple(self.tokens), tuple(self.rows), proposer.name, proposer.version, tuple(self.sureness))
+        return SequenceProposal(*parts)
+
+
 def _num_missing(state: SequenceState) -> int:
     """Tokens whose draft KV is missing; at least 1."""
     return len(state.token_ids) - state.num_draft_computed
 
 
-def _draw_tokens(
-    logits: Tensor, states: Sequence[SequenceState], drafted: Sequence[Sequence[int]]
-) -> tuple[list[int], Tensor]:
-    """A token per row of logits [sequences, vocab_size], and the q of those that were drawn, [sampled, vocab_size]: at
-    temperature 0 it is certain, which saves all passes over q."""
-    rows = [state.sampling_row(tokens) for state, tokens in zip(states, drafted, strict=True)]
-    greedy = [i for i, state in enumerate(states) if state.params.is_greedy]
-    sampled = [i for i, state in enumerate(states) if not state.params.is_greedy]
-    tokens = torch.empty(len(states), dtype=torch.int64, device=logits.device)
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """The drafts that got a token, the tokens, and the q of those that were not greedy, [sampled, vocab_size]."""
+
+    drafts: list[_Draft]
+    tokens: list[int]
+    q: Tensor
+
+
+def _draw(logits: Tensor, drafts: Sequence[_Draft], is_worth: Callable[[_Draft, float], bool]) -> _Drawn:
+    """A token per row of logits [drafts, vocab_size], for the drafts that are `is_worth` one at their row's largest
+    probability. At temperature 0 the token is certain, which saves all passes over q."""
+    rows = [draft.state.sampling_row(draft.tokens) for draft in drafts]
+    greedy = [i for i, draft in enumerate(drafts) if draft.is_greedy]
+    sampled = [i for i, draft in enumerate(drafts) if not draft.is_greedy]
+    sureness = [0.0] * len(drafts)
+    choice: dict[int, int] = {}
+    q = logits[:0].float()
     if greedy:
-        _, tokens[greedy] = peaks(adjusted_logits(_rows(logits, greedy), [rows[i] for i in greedy]))
-    if not sampled:
-        return tokens.tolist(), logits[:0].float()
-    q = probabilities(_rows(logits, sampled), [rows[i] for i in sampled])
-    # a draft whose logits overflow must cost acceptance, not correctness: its token is drawn uniformly
-    q.nan_to_num_(nan=1.0 / q.shape[1])
-    tokens[sampled] = _sample(q, [states[i] for i in sampled], [len(drafted[i]) for i in sampled])
-    return tokens.tolist(), q
+        scores = adjusted_logits(_rows(logits, greedy), [rows[i] for i in greedy])
+        for i, sure, token in zip(greedy, *sure_peaks(scores), strict=True):
+            sureness[i], choice[i] = 0.0 if math.isnan(sure) else sure, token
+    if sampled:
+        q = probabilities(_rows(logits, sampled), [rows[i] for i in sampled])
+        for at, (i, sure) in enumerate(zip(sampled, peaks(q)[0].tolist(), strict=True)):
+            sureness[i] = sure
+            if math.isnan(sure):
+                # a draft whose logits overflow must cost acceptance, not correctness: its token is drawn uniformly
+                q[at] = sureness[i] = 1.0 / q.shape[1]
+    kept = [i for i, draft in enumerate(drafts) if is_worth(draft, sureness[i])]
+    if sampled:
+        among = [at for at, i in enumerate(sampled) if i in kept]
+        q = _rows(q, among)
+        drawing = [drafts[sampled[at]] for at in among]
+        if drawing:
+            choice |= {sampled[at]: token for at, token in zip(among, _sample(q, drawing), strict=True)}
+    return _Drawn([drafts[i] for i in kept], [choice[i] for i in kept], q)
 
 
 def _rows(logits: Tensor, indices: list[int]) -> Tensor:
@@ -168,19 +223,20 @@ def _rows(logits: Tensor, indices: list[int]) -> Tensor:
     return logits if len(indices) == len(logits) else logits[indices]
 
 
-def _sample(q: Tensor, states: Sequence[SequenceState], drafted: Sequence[int]) -> Tensor:
-    """Draw one token per row of q [sequences, vocab_size], each by its sequence's coupling -> [sequences]."""
-    keys = as_key_tensor([state.key for state in states], q.device)
-    positions = torch.tensor(
-        [state.num_output_tokens + depth for state, depth in zip(states, drafted, strict=True)],
-        device=q.device,
-    )
-    tokens = torch.empty_like(positions)
-    racing = [i for i, s in enumerate(states) if s.coupling is Coupling.DRAFTER_INVARIANT]
-    drawing = [i for i, s in enumerate(states) if s.coupling is not Coupling.DRAFTER_INVARIANT]
-    if racing:
-        tokens[racing] = keyed_race(_rows(q, racing), keys[racing], positions[racing])
-    if drawing:
-        chances = uniforms(keys[drawing], positions[drawing], Purpose.DRAFT)
-        tokens[drawing] = draw(_rows(q, drawing), chances)
+def _sample(q: Tensor, drafts: Sequence[_Draft]) -> list[int]:
+    """Draw one token per row of q [drafts, vocab_size], each by its sequence's coupling."""
+    tokens = [0] * len(drafts)
+    racing = [i for i, draft in enumerate(drafts) if draft.state.coupling is Coupling.DRAFTER_INVARIANT]
+    drawing = [i for i, draft in enumerate(drafts) if draft.state.coupling is not Coupling.DRAFTER_INVARIANT]
+    for members, pick in ((racing, keyed_race), (drawing, _drawn)):
+        if members:
+            keys = as_key_tensor([drafts[i].state.key for i in members], q.device)
+            at = [drafts[i].state.num_output_tokens + len(drafts[i].tokens) for i in members]
+            picks = pick(_rows(q, members), keys, torch.tensor(at, device=q.device)).tolist()
+            for i, token in zip(members, picks, strict=True):
+                tokens[i] = token
     return tokens
+
+
+def _drawn(q: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+    return draw(q, uniforms(keys, positions, Purpose.DRAFT))

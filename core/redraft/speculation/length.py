@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from redraft.speculation.confidence import Confidence
 from redraft.speculation.cost import StepCost
 from redraft.speculation.state import SequenceState
 
@@ -54,8 +55,11 @@ class LengthController:
         self.name = name
         self.target_cost = target_cost
         self.draft_cost = draft_cost
+        self.confidence = Confidence()
         self._overall = Acceptance()
         self._last_k = 1
+        self._promised = 0.0  # tokens a second that the last choice promised
+        self._token_seconds = 0.0  # what verifying one token more costs
         self._idle_steps = 0
         self._probe_after = _FIRST_PROBE
 
@@ -67,25 +71,54 @@ class LengthController:
 
     def choose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """k per sequence, at most limits[i]."""
-        rates = [self._rate(state) for state in states]
+        rates = [self.rate(state) for state in states]
+        best_k = self._best(rates, limits)
+        if best_k == 0:
+            return self._probe(limits)
+        if len(states) == 1:  # best_k is its own
+            return [min(best_k, limit) for limit in limits]
+        worth = self.token_price
+        return [_trim(rate, min(best_k, limit), worth) for rate, limit in zip(rates, limits, strict=True)]
+
+    def allow(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
+        """The same for a proposer that decides at every token whether it goes on (`token_price`, `pass_price`): the
+        limit where drafting pays."""
+        is_on = self._best([self.rate(state) for state in states], limits) > 0
+        return list(limits) if is_on else self._probe(limits)
+
+    @property
+    def token_price(self) -> float:
+        """Tokens that the batch would emit in the time of verifying one drafted token: the least chance to be accepted
+        that is worth it. Of the last choice's batch."""
+        return self._promised * self._token_seconds
+
+    def pass_price(self, num_sequences: int) -> float:
+        """Tokens per sequence that the batch would emit in the time of a draft pass over so many sequences."""
+        return (
+            0.0 if self.draft_cost is None else self._promised * self.draft_cost.estimate(num_sequences) / num_sequences
+        )
+
+    def _best(self, rates: Sequence[float], limits: Sequence[int]) -> int:
+        """The k that promises most, 0 if drafting loses."""
         longest = max(limits, default=0)
         if longest == 0:
-            return [0] * len(limits)
+            return 0
         goodputs = [self._goodput(rates, limits, k) for k in range(longest + 1)]
         best_k = max(range(longest + 1), key=goodputs.__getitem__)
         stay = min(self._last_k, longest)
         if goodputs[best_k] <= _HYSTERESIS * goodputs[stay]:
             best_k = stay
-        self._last_k, best = best_k, goodputs[best_k]
-        if best_k == 0:
-            return self._probe(limits)
-        self._idle_steps = 0
-        if len(states) == 1:  # best_k is its own
-            return [min(best_k, limit) for limit in limits]
-        worth = self._token_seconds(len(states), best_k) * best
-        return [_trim(rate, min(best_k, limit), worth) for rate, limit in zip(rates, limits, strict=True)]
+        self._last_k, self._promised = best_k, goodputs[best_k]
+        if best_k > 0:
+            self._idle_steps = 0
+        # over the whole range: between neighbouring sizes it is a difference of nearly equal, noisy numbers
+        batch = len(rates)
+        more = self.target_cost.estimate(batch * (longest + 1)) - self.target_cost.estimate(batch)
+        self._token_seconds = max(more, 0.0) / (batch * longest)
+        return best_k
 
-    def _rate(self, state: SequenceState) -> float:
+    def rate(self, state: SequenceState) -> float:
+        """Acceptance of the sequence's drafted tokens, leaning on everybody's while it is young."""
         own = state.acceptance.get(self.name)
         prior = self._overall.rate(0.5)
         return own.rate(prior) if own is not None else prior
@@ -98,13 +131,10 @@ class LengthController:
             seconds += k * self.draft_cost.estimate(len(rates))
         return tokens / max(seconds, 1e-9)
 
-    def _token_seconds(self, batch: int, k: int) -> float:
-        """What verifying one token more, or less, costs in a batch that drafts k tokens each."""
-        more = self.target_cost.estimate(batch * (k + 1)) - self.target_cost.estimate(batch * k)
-        return max(more, 0.0) / batch
-
     def _probe(self, limits: Sequence[int]) -> list[int]:
         """Mostly nothing; now and then one token each, to notice that drafting has become worth while."""
+        if not any(limits):
+            return [0] * len(limits)
         self._idle_steps += 1
         if self._idle_steps < self._probe_after:
             return [0] * len(limits)

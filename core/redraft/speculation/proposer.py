@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,12 +20,14 @@ class SequenceProposal:
     """Drafted tokens of one sequence.
 
     `prob_rows[j]` is the row of `Proposal.probs` that token j was drawn from, or CERTAIN where q is one-hot.
+    `sureness[j]` is the largest probability where token j was drawn; nothing if that was not looked at.
     """
 
     token_ids: tuple[int, ...] = ()
     prob_rows: tuple[int, ...] = ()
     proposer: str = ""
     draft_version: str = ""
+    sureness: tuple[float, ...] = ()
 
 
 NOTHING = SequenceProposal()
@@ -36,7 +38,7 @@ def shifted(proposal: SequenceProposal, offset: int) -> SequenceProposal:
     if offset == 0:
         return proposal
     rows = tuple(row if row == CERTAIN else row + offset for row in proposal.prob_rows)
-    return SequenceProposal(proposal.token_ids, rows, proposal.proposer, proposal.draft_version)
+    return replace(proposal, prob_rows=rows)
 
 
 @dataclass(frozen=True, slots=True)

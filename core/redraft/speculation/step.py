@@ -310,17 +310,14 @@ def _couple(
     drafts: Sequence[tuple[int, ...]],
 ) -> Verdict:
     """Apply one coupling with each sequence's own randomness; row j of a sequence is output position n + j."""
-    device = probs.device
-    counts = torch.tensor([n + 1 for n in layout.num_drafts], device=device)
-    keys = as_key_tensor([w.state.key for w in work], device)
-    offsets = [w.state.num_output_tokens - first for w, first in zip(work, layout.first_row, strict=True)]
-    row_keys = keys.repeat_interleave(counts)
-    row_positions = torch.arange(layout.num_rows, device=device)
-    row_positions += torch.tensor(offsets, device=device).repeat_interleave(counts)
+    row_keys: list[int] = []
+    row_positions: list[int] = []
+    for w, draft in zip(work, drafts, strict=True):
+        row_keys += [w.state.key] * (len(draft) + 1)
+        row_positions += range(w.state.num_output_tokens, w.state.num_output_tokens + len(draft) + 1)
+    keys, positions = as_key_tensor(row_keys, probs.device), torch.tensor(row_positions, device=probs.device)
     if coupling is Coupling.DRAFTER_INVARIANT:
-        return accept_choice(keyed_race(probs, row_keys, row_positions).tolist(), drafts)
-    tested = layout.draft_rows
-    accept = uniforms(row_keys[tested], row_positions[tested], Purpose.ACCEPT)
+        return accept_choice(keyed_race(probs, keys, positions).tolist(), drafts)
+    accept = uniforms(keys, positions, Purpose.ACCEPT)[layout.draft_rows]
     # keyed by the row the token ends up on, which is known only after acceptance: give every row its own number
-    recover = uniforms(row_keys, row_positions, Purpose.RECOVER)
-    return accept_maximal(probs, drafted, layout, accept, recover)
+    return accept_maximal(probs, drafted, layout, accept, uniforms(keys, positions, Purpose.RECOVER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import ne
 
 import pytest
@@ -13,8 +14,8 @@ from redraft.sampling import processors
 from redraft.sampling.coupling import DraftedTokens, Layout, accept_maximal, draw, expected_acceptance, keyed_race, race
 from redraft.sampling.logprobs import teacher_rows
 from redraft.sampling.params import SamplingParams
-from redraft.sampling.processors import SamplingRow, peaks, probabilities
-from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, row_bits
+from redraft.sampling.processors import SamplingRow, peaks, probabilities, sure_peaks
+from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, row_bits, uniforms
 
 WIDTHS = (1, 7, 8, 500, 513, 2000, 49152)
 PARAMS = (
@@ -211,7 +212,22 @@ def test_gradients_and_other_types_go_to_torch(kernels: CpuKernels) -> None:
 def test_random_bits_are_those_of_torch(kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = as_key_tensor([0, 1, 2**63, 2**64 - 1, 0x123456789ABCDEF])
     positions = torch.tensor([0, 7, 2**31, 1, 5])
-    found = [row_bits(keys, positions, purpose) for purpose in Purpose]
+    found = [(row_bits(keys, positions, purpose), uniforms(keys, positions, purpose)) for purpose in Purpose]
     monkeypatch.setattr("redraft.sampling.randomness.library", lambda: None)
-    for bits, purpose in zip(found, Purpose, strict=True):
+    for (bits, numbers), purpose in zip(found, Purpose, strict=True):
         assert torch.equal(bits, row_bits(keys, positions, purpose))
+        assert torch.equal(numbers, uniforms(keys, positions, purpose))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_sure_peaks_are_those_of_torch(kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    scores = logits_of(6, width)
+    scores[2, width // 2] = torch.nan
+    shares, ids = sure_peaks(scores)
+    without_kernels(monkeypatch)
+    expected_shares, expected_ids = sure_peaks(scores)
+    assert math.isnan(shares[2])
+    assert math.isnan(expected_shares[2])
+    whole = [0, 1, 3, 4, 5]
+    assert [ids[i] for i in whole] == [expected_ids[i] for i in whole]
+    assert [shares[i] for i in whole] == pytest.approx([expected_shares[i] for i in whole], rel=1e-5)

@@ -14,8 +14,9 @@ from redraft.sampling.randomness import Purpose, as_key_tensor, exponentials, un
 from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.proposer import CERTAIN, Proposal
 from redraft.speculation.state import SequenceState
+from tests.engine_harness import FixedPrice
 from tests.fakes import tiny_model
-from tests.reference_decoding import check_state, make_runner, make_states, plain_distribution, step
+from tests.reference_decoding import check_state, make_runner, make_states, plain_distribution, plain_logits, step
 
 VOCAB = 24
 PARAMS = [
@@ -95,6 +96,42 @@ def test_a_batch_and_a_sequence_alone_draft_the_same() -> None:
         assert alone.sequences[0].token_ids == together.sequences[index].token_ids
         rows = [row for row in together.sequences[index].prob_rows if row != CERTAIN]
         torch.testing.assert_close(alone.probs, together.probs[rows], atol=2e-5, rtol=1e-4)
+
+
+def test_a_draft_that_stops_proposes_the_beginning_of_what_it_would_have() -> None:
+    """By its own distribution before every token: never by the token."""
+    model, lengths = plain(), set()
+    whole = draft().propose(make_states(PROMPTS, PARAMS), LIMITS)
+    for least_chance in (0.0, 0.05, 0.1, 0.2, 0.4, 1.1):
+        proposer, states = draft(), make_states(PROMPTS, PARAMS)
+        proposer.length = FixedPrice(least_chance)
+        proposal = proposer.propose(states, LIMITS)
+        assert_q_is_exact(proposal, states, model)
+        for own, all_of_it in zip(proposal.sequences, whole.sequences, strict=True):
+            assert own.token_ids == all_of_it.token_ids[: len(own.token_ids)]
+            survival = 1.0
+            for sure in own.sureness:
+                survival *= sure  # nothing was learnt yet
+            assert survival >= least_chance or not own.token_ids
+            lengths.add(len(own.token_ids))
+        if least_chance == 0.0:
+            assert [own.token_ids for own in proposal.sequences] == [own.token_ids for own in whole.sequences]
+    assert not any(own.token_ids for own in proposal.sequences), "nothing has a chance above 1"
+    assert len(lengths) > 3
+
+
+def test_sureness_is_the_largest_probability() -> None:
+    states, model = make_states(PROMPTS, PARAMS), plain()
+    proposer = draft()
+    proposer.length = FixedPrice(0.0)
+    for state, own in zip(states, proposer.propose(states, LIMITS).sequences, strict=True):
+        assert len(own.sureness) == len(own.token_ids) > 0
+        for depth, sure in enumerate(own.sureness):
+            row = plain_logits(model, [*state.token_ids, *own.token_ids[:depth]])[-1]
+            expected = (
+                row.softmax(0) if state.params.is_greedy else plain_distribution(model, state, own.token_ids[:depth])
+            )
+            assert sure == pytest.approx(float(expected.max()), rel=1e-4)
 
 
 @pytest.mark.parametrize("max_catch_up", [1, 3, 7, 20])

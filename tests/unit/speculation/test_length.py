@@ -114,6 +114,25 @@ def test_what_was_chosen_for_one_sequence_is_not_trimmed() -> None:
         assert goodputs[chosen] >= max(goodputs) / 1.021
 
 
+def test_a_draft_that_stops_by_itself_has_its_limit_where_drafting_pays() -> None:
+    paying = LengthController("draft", flat(1.0), flat(0.05))
+    assert paying.allow([sequence(0.6)] * 3, [8, 0, 3]) == [8, 0, 3]
+    losing = LengthController("draft", flat(1.0), flat(1.0))
+    assert losing.allow([sequence(0.6)], [8]) == [0]
+
+
+def test_prices_are_the_tokens_that_the_time_is_worth() -> None:
+    """A token more is verified in 0.1 s and drafted in 0.2 s, while the batch emits its goodput."""
+    batch, acceptance = 2, 0.9
+    controller = LengthController("draft", cost(_1=1.0, _64=1.0 + 63 * 0.1), cost(_1=0.2, _2=0.3))
+    (k,) = set(controller.choose([sequence(acceptance)] * batch, [8] * batch))
+    tokens = batch * expected_tokens(acceptance, k)
+    goodput = tokens / (1.0 + 0.1 * (batch * (k + 1) - 1) + k * 0.3)
+    assert controller.token_price == pytest.approx(0.1 * goodput, rel=1e-2)
+    assert controller.pass_price(2) == pytest.approx(0.15 * goodput, rel=1e-2)
+    assert controller.pass_price(1) == pytest.approx(0.2 * goodput, rel=1e-2)
+
+
 def test_hysteresis_keeps_k_in_both_directions() -> None:
     """Goodput at k = 2 and 3 differ by 1%: whichever is in use stays in use; 5% move it."""
     acceptance = 0.6
