@@ -23,10 +23,19 @@ LLAMA_CPP_SDIST = "llama-cpp-python==0.3.36"
 _REQUIREMENTS = Path(__file__).with_name("requirements")
 _BUILD_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
-    "-DGGML_NATIVE=ON",
+    "-DGGML_NATIVE=OFF",
     "-DBUILD_SHARED_LIBS=OFF",
     *(f"-DLLAMA_{part}=OFF" for part in ("OPENSSL", "BUILD_UI", "USE_PREBUILT_UI", "BUILD_TESTS", "BUILD_EXAMPLES")),
 )
+# Not GGML_NATIVE: it takes AMX too, which a virtual machine may announce and then fault at with q8_0 and q4_1 weights.
+_INSTRUCTIONS = {
+    **{name: name.upper() for name in ("avx", "avx2", "fma", "f16c", "bmi2", "avx_vnni", "avx512_vnni", "avx512_bf16")},
+    "sse4_2": "SSE42",
+    "avx512f": "AVX512",
+    "avx512vbmi": "AVX512_VBMI",
+}
+"""Options of llama.cpp by the flag in /proc/cpuinfo."""
+
 # Dragged in by dependencies, made for another torch than the pinned one, and then the import of all fails.
 _UNWANTED = {"openvino": ("torchvision",), "vllm": ("torchvision", "torchaudio", "torchcodec")}
 _TCMALLOC = "libtcmalloc_minimal.so.4"
@@ -104,9 +113,15 @@ def llama_server(environment: Environment) -> Path:
         source, bin_dir = llama_cpp_source(environment), environment.python.parent
         cmake, ninja = bin_dir / "cmake", (bin_dir / "ninja").resolve()
         build = ["-S", str(source), "-B", str(environment.folder / "build"), "-G", "Ninja"]
-        environment.run([str(cmake), *build, f"-DCMAKE_MAKE_PROGRAM={ninja}", *_BUILD_FLAGS])
+        environment.run([str(cmake), *build, f"-DCMAKE_MAKE_PROGRAM={ninja}", *_BUILD_FLAGS, *_instruction_flags()])
         environment.run([str(cmake), "--build", str(environment.folder / "build"), "--target", "llama-server"])
     return binary
+
+
+def _instruction_flags() -> list[str]:
+    lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    has = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return [f"-DGGML_{option}={'ON' if flag in has else 'OFF'}" for flag, option in _INSTRUCTIONS.items()]
 
 
 def llama_cpp_source(environment: Environment) -> Path:

@@ -37,7 +37,8 @@ class OpenVinoEngine:
         elif settings.mode == "ngram":
             options["prompt_lookup"] = True
         self._pipeline = openvino_genai.LLMPipeline(settings.target, "CPU", **options)
-        ends = self._pipeline.get_generation_config()
+        # the speculative pipelines' own configuration does not know where a text ends
+        ends = openvino_genai.GenerationConfig(f"{settings.target}/generation_config.json")
         self._ends = frozenset({ends.eos_token_id, *ends.stop_token_ids})
 
     @property
