@@ -20,27 +20,74 @@ typedef struct {
   atomic_int failed;
 } probability_job;
 
+static int descending(const void *a, const void *b) {
+  float x = *(const float *)a, y = *(const float *)b;
+  return (x < y) - (x > y);
+}
+
+/* The value at which the sum of `terms`, taken from the largest on, reaches `wanted`; reorders them. Quickselect, by
+ * mass instead of by rank: a nucleus of thousands must not cost a sort of the vocabulary. */
+static float reaches(float *terms, long count, double wanted) {
+  double above = 0.0; /* mass of what is larger than all of `terms` */
+  while (count > 64) {
+    float a = terms[0], b = terms[count / 2], c = terms[count - 1];
+    float pivot = fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
+    long larger = 0, end = count; /* larger ones, equal ones, what was not looked at, smaller ones */
+    double mass = 0.0, equal = 0.0;
+    for (long i = 0; i < end;) {
+      float term = terms[i];
+      if (term > pivot) {
+        terms[i++] = terms[larger];
+        terms[larger++] = term;
+        mass += term;
+      } else if (term < pivot) {
+        terms[i] = terms[--end];
+        terms[end] = term;
+      } else {
+        equal += pivot;
+        i++;
+      }
+    }
+    if (above + mass >= wanted) { count = larger; continue; }
+    above += mass + equal;
+    if (above >= wanted || end == count) return pivot;
+    terms += end, count -= end;
+  }
+  qsort(terms, count, sizeof(float), descending);
+  long last = 0;
+  while (last < count - 1 && (above += terms[last]) < wanted) last++;
+  return terms[last];
+}
+
 /* The smallest term that top-k and top-p keep, or -1 if memory ran out. `total` is the sum of all terms. */
 AVX2 static float nucleus(const float *terms, long n, double total, long top_k, double top_p) {
   int has_top_k = top_k > 0 && top_k < n;
   if (!has_top_k && top_p >= 1.0) return 0.0f;
-  for (long width = has_top_k ? top_k : 64;; width = width < 1024 ? 1024 : n) { /* a nucleus is nearly always small */
-    if (width > n) width = n;
-    entry *best = malloc(width * sizeof(entry));
-    if (!best) return -1.0f;
-    largest(terms, n, best, width);
-    double left = total, mass = 0.0;
+  float least = -1.0f;
+  if (has_top_k) { /* top-p is of what top-k left */
+    entry *best = malloc(top_k * sizeof(entry));
+    if (!best) return least;
+    largest(terms, n, best, top_k);
+    double left = 0.0, mass = 0.0;
     long last = 0;
-    if (has_top_k) { /* top-p is of what top-k left */
-      left = 0.0;
-      for (long i = 0; i < width; i++) left += best[i].value;
-    }
-    while (last < width && (mass += best[last].value) < top_p * left) last++;
-    int is_found = last < width || width == n || has_top_k;
-    float least = best[top_p < 1.0 && last < width ? last : width - 1].value;
+    for (long i = 0; i < top_k; i++) left += best[i].value;
+    while (top_p < 1.0 && last < top_k && (mass += best[last].value) < top_p * left) last++;
+    least = best[top_p < 1.0 && last < top_k ? last : top_k - 1].value;
     free(best);
-    if (is_found) return least;
+    return least;
   }
+  float *candidates = malloc(n * sizeof(float));
+  if (!candidates) return least;
+  /* all that are smaller than this have less than 1 - top_p together */
+  float floor = (float)((1.0 - top_p) * total / n * 0.999);
+  long count = 0;
+  for (long i = 0; i < n; i += 8) {
+    int lanes = _mm256_movemask_ps(_mm256_cmp_ps(load_rest(terms, i, n), _mm256_set1_ps(floor), _CMP_GE_OQ));
+    for (; lanes; lanes &= lanes - 1) candidates[count++] = terms[i + __builtin_ctz(lanes)];
+  }
+  least = reaches(candidates, count, top_p * total);
+  free(candidates);
+  return least;
 }
 
 AVX2 static void probability_item(void *arg, long row) {
