@@ -127,7 +127,7 @@ def test_model_service(client: Client) -> None:
     assert model == client.get_model() == client.get_model(model.id)
     assert (model.id, model.vocab_size) == ("SmolLM2-135M-Instruct", 49152)
     assert (model.context_length, model.eos_token_ids) == (4096, (2,))
-    assert (model.proposer, model.max_draft_tokens) == ("ngram+draft_model", 4)
+    assert (model.proposer, model.max_draft_tokens) == ("ngram+draft_model", 8)
     assert model.has_chat_template
     assert model.draft_version
     assert client.is_serving("redraft.v1.GenerationService")

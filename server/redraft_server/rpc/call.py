@@ -125,6 +125,9 @@ class GenerationCall:
             reason = FinishReason.DEADLINE if self.seconds_left() <= 0 else FinishReason.CANCELLED
             self._report.finish_reason = self._report.finish_reason or reason.value
             self._engine.cancel(self.request.request_id, reason)
+        elif (unread := self._mailbox.unread_finish) is not None:
+            # the client went, or its deadline came, while the end lay here
+            self._report.finish_reason = self._report.finish_reason or unread.value
         self._mailbox.close()
 
     def seconds_left(self) -> float:

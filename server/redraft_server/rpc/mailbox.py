@@ -110,6 +110,12 @@ class Mailbox:
         return self._finished is not None
 
     @property
+    def unread_finish(self) -> FinishReason | None:
+        """How a choice ended whose end was not taken; None if there is none."""
+        ends = (buffer.finish_reason for message in self._messages for buffer in message.choices.values())
+        return next((end for end in ends if end is not None), None)
+
+    @property
     def pending_messages(self) -> int:
         return len(self._messages)
 

@@ -88,6 +88,18 @@ async def test_after_close_nothing_is_kept_but_the_end_is_still_noticed() -> Non
         await mailbox.take()
 
 
+async def test_an_end_that_nobody_took_is_known() -> None:
+    """It is what a request is counted by whose client left, or was too late, just then."""
+    mailbox, _ = new_mailbox()
+    assert mailbox.unread_finish is None
+    await send_from_thread(mailbox, [ChoiceDelta(0, "a"), ChoiceDelta(1, "b")])
+    assert mailbox.unread_finish is None
+    await send_from_thread(mailbox, [ChoiceDelta(1, "", finish_reason=FinishReason.DEADLINE)], [FINISHED])
+    assert mailbox.unread_finish is FinishReason.DEADLINE
+    await mailbox.take()
+    assert mailbox.unread_finish is None
+
+
 async def test_close_wakes_a_waiting_reader() -> None:
     mailbox, _ = new_mailbox()
     taking = asyncio.ensure_future(mailbox.take())
