@@ -40,7 +40,8 @@ def write(bench: Bench) -> None:
     parts = [
         f"Evaluation prompts, served by the target at temperature 0 (α, acceptance rate and mean acceptance length at "
         f"k = {K}: exactly what the server does, token for token) and at 0.7 with top-p 0.95 (α teacher-forced, the "
-        "other two predicted from it). CPU s: processor time of the training, on one core that other jobs shared."
+        "other two predicted from it). CPU s: processor time of the training, on one core that other jobs shared. "
+        "Results are kept from run to run; the machine named above is the last one's."
     ]
     if found := by_experiment.get("domains"):
         parts += [

@@ -47,7 +47,9 @@ class WorkerProcess:
         self.version = ""
         self._command = [str(python), "-m", module, json.dumps(asdict(settings))]
         repository = str(Path(__file__).resolve().parents[2])
-        self._environment = {**os.environ, "PYTHONPATH": repository, "HF_HUB_OFFLINE": "1", **environment}
+        # how threads wait is each engine's own choice: redraft's makes others slow
+        inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        self._environment = {**inherited, "PYTHONPATH": repository, "HF_HUB_OFFLINE": "1", **environment}
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 
