@@ -26,6 +26,7 @@ from benchmarks.machine import wait_passively
 from benchmarks.prompts import DataOption, load_prompts
 from benchmarks.report import RESULTS
 from redraft.models.rounding import WeightFormat
+from redraft_server.garbage import settle
 
 EXPERIMENTS = "forward,sampling,step,parts,speculation"
 QUICK_FOLDER = Path("build", "bench")
@@ -49,6 +50,7 @@ def main(
     page_name = "engine" if weights is WeightFormat.FULL else f"engine-{weights}"
     cells = Cells((QUICK_FOLDER if quick else RESULTS) / f"{page_name}.json", again=again or quick)
     models = Models.load(target, draft, weights)
+    settle()  # as the server does
 
     def on_cell(name: str) -> None:
         console.print(name, highlight=False)

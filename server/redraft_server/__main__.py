@@ -17,6 +17,7 @@ import uvloop
 from redraft.errors import ConfigError, RedraftError
 from redraft.telemetry.logging import configure_logging
 from redraft_server.config import ModelConfig
+from redraft_server.garbage import settle
 from redraft_server.settings import PROGRAM, ConfigErrors, load_config, to_yaml
 
 EXIT_CONFIG = 2
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redraft_server import app as application
 
     try:
-        uvloop.run(application.serve(application.build(config), _announce))
+        app = application.build(config)
+        settle()
+        uvloop.run(application.serve(app, _announce))
     except ConfigError as error:
         return _fail(EXIT_CONFIG, str(error))
     except RedraftError as error:

@@ -147,8 +147,12 @@ def test_shares_of_a_real_step_add_up(proposer: str) -> None:
         models = SimpleNamespace(target=SimpleNamespace(runner=parts.target), draft=SimpleNamespace(runner=draft))
         with clock.watching(probes(cast(Models, models))):
             sinks = [_watched(window, f"r{index}") for index in range(2)]
-            for index, sink in enumerate(sinks):
-                engine.submit(request([5, 6, 7 + index], SamplingParams(temperature=0.0), 12), sink)
+
+            def submit_both() -> None:  # between two steps: neither may end before the other has begun
+                for index, sink in enumerate(sinks):
+                    engine.submit(request([5, 6, 7 + index], SamplingParams(temperature=0.0), 12), sink)
+
+            engine.between_steps(submit_both).result()
             for sink in sinks:
                 sink.wait()
     values = cast(dict[str, Any], window.values())
