@@ -56,15 +56,18 @@ class DraftModelProposer:
         self.length = length
 
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
+        begun = time.perf_counter()
         if self.length is not None:
             limits = self.length.allow(states, limits)
         ready = self._catch_up(states, limits)
         if not ready:
             return nothing_proposed(len(states), self.runner.vocab_size, self.runner.device)
+        # one or two tokens are pending in the usual step; prompts and the like would say nothing of the next one
+        is_usual = sum(map(bool, limits)) == len(ready) and all(_num_missing(states[i]) <= 2 for i in ready)
         drafts = {index: _Draft(states[index], limits[index]) for index in ready}
         active = list(drafts.values())
         probs: list[Tensor] = []
-        num_rows = 0
+        num_rows, num_passes = 0, 1
         logits = self._ingest_pending([draft.state for draft in active])
         started: float | None = None  # of a pass of one token each, which is what lengths are chosen by
         while True:
@@ -82,10 +85,13 @@ class DraftModelProposer:
             if not active:
                 break
             started = time.perf_counter()
+            num_passes += 1
             logits = self.runner.forward(
                 [Chunk(d.tokens[-1:], len(d.state.token_ids) + len(d.tokens) - 1, d.state.block_ids) for d in active]
             )
         result = [drafts[i].proposal(self) if i in drafts else NOTHING for i in range(len(states))]
+        if self.length is not None and is_usual:
+            self.length.observe_proposal(len(ready), num_passes, time.perf_counter() - begun)
         return Proposal(tuple(result), probs[0] if len(probs) == 1 else torch.cat(probs))
 
     def _is_worth_a_token(self, draft: _Draft, sureness: float) -> bool:

@@ -56,6 +56,7 @@ class LengthController:
         self.target_cost = target_cost
         self.draft_cost = draft_cost
         self.confidence = Confidence()
+        self._around_passes = StepCost()  # seconds of a proposal that are in none of its passes, by number of sequences
         self._overall = Acceptance()
         self._last_k = 1
         self._promised = 0.0  # tokens a second that the last choice promised
@@ -68,6 +69,12 @@ class LengthController:
         self._overall.observe(num_accepted, num_drafted)
         if num_accepted:
             self._probe_after = _FIRST_PROBE
+
+    def observe_proposal(self, num_sequences: int, num_passes: int, seconds: float) -> None:
+        """What a proposal took as a whole. Where a pass is short, what lies around it decides whether drafting pays."""
+        if self.draft_cost is not None:
+            passes = num_passes * self.draft_cost.estimate(num_sequences)
+            self._around_passes.observe(num_sequences, max(seconds - passes, 1e-6))
 
     def choose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """k per sequence, at most limits[i]."""
@@ -127,8 +134,8 @@ class LengthController:
         lengths = [min(k, limit) for limit in limits]
         tokens = sum(expected_tokens(rate, length) for rate, length in zip(rates, lengths, strict=True))
         seconds = self.target_cost.estimate(len(rates) + sum(lengths))
-        if self.draft_cost is not None:
-            seconds += k * self.draft_cost.estimate(len(rates))
+        if self.draft_cost is not None and k > 0:
+            seconds += k * self.draft_cost.estimate(len(rates)) + self._around_passes.estimate(len(rates))
         return tokens / max(seconds, 1e-9)
 
     def _probe(self, limits: Sequence[int]) -> list[int]:

@@ -133,6 +133,18 @@ def test_prices_are_the_tokens_that_the_time_is_worth() -> None:
     assert controller.pass_price(1) == pytest.approx(0.2 * goodput, rel=1e-2)
 
 
+def test_what_lies_around_the_passes_counts_once_for_any_k() -> None:
+    """A draft that pays by its passes alone does not where every proposal takes half of a target's pass beside them."""
+    chosen = []
+    for around in (0.0, 0.5):
+        controller = LengthController("draft", flat(1.0), flat(0.05))
+        for _ in range(20):
+            controller.observe_proposal(1, 4, 4 * 0.05 + around)
+        chosen += controller.choose([sequence(0.35)], [4])
+    assert chosen[0] > 0
+    assert chosen[1] == 0
+
+
 def test_hysteresis_keeps_k_in_both_directions() -> None:
     """Goodput at k = 2 and 3 differ by 1%: whichever is in use stays in use; 5% move it."""
     acceptance = 0.6
