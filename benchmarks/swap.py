@@ -41,6 +41,7 @@ from redraft_server.config import ServerConfig
 from redraft_server.engine.api import ChoiceDelta, EngineEvent, EngineRequest, RequestFinished
 from redraft_server.engine.build import build_engine
 from redraft_server.engine.engine import Engine
+from redraft_server.garbage import settle
 from redraft_server.rollout.start import DraftSupply
 
 _STOP_S = 30.0
@@ -103,10 +104,12 @@ def main(
         registry, manifest = DraftRegistry(folder), _manifest()
         registry.publish(demo_draft_directory()[0], manifest)
         config = _config(folder, streams, new_tokens, shadow_positions)
-        metrics = ServerMetrics(CollectorRegistry(), "demo", max_draft_tokens=4)
+        longest = config.speculation.num_speculative_tokens
+        metrics = ServerMetrics(CollectorRegistry(), "demo", max_draft_tokens=longest)
         supply = DraftSupply(config, metrics)
         built = build_engine(config, metrics, first_draft=supply.first, monitor=supply.monitor)
         rollout = supply.rollout(built.engine, built.host, built.draft)
+        settle()  # as the server does
         rollout.start()
         stopping = threading.Event()
         running = [Stream(built.engine, prompts, new_tokens, stopping) for _ in range(streams)]

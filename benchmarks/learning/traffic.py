@@ -65,7 +65,7 @@ def _serve(lines: Sequence[dict[str, str]], domain: str, folder: Path, draft: st
                 "kv_cache_tokens": 2 * _RUNNING * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS),
                 "max_waiting_requests": len(lines),
             },
-            "speculation": {"proposer": proposer, "adaptive": False},
+            "speculation": {"proposer": proposer, "adaptive": False, "num_speculative_tokens": 4},
             "traffic_log": {"url": str(folder)},
         }
     )
