@@ -150,7 +150,7 @@ def test_streams_in_progress_keep_their_draft_over_a_promotion_and_move_at_a_rol
             elif step == 6:
                 served.rollout.rollback()
                 swaps.append(first)
-                too_early.extend(result for result in results if result.done.is_set())
+                too_early.extend(result for result in results[2:] if result.done.is_set())
 
         results = _stream_with_actions(served, during)
         assert swaps == [second, first]

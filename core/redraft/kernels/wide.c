@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-enum { LANES = 16, PANEL = 8, GROUP = 32, INT4_BYTES = 32 + GROUP * 4, INT8_BYTES = 16 + GROUP * 8 };
+enum { LANES = 16, PANEL = 8 };
 enum { K_BLOCK = 64, AHEAD = 512, REGISTERS = 24, STEP_BYTES = 4 * PANEL };
 
 #define KERNEL __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
@@ -134,15 +134,6 @@ INLINED void add_int8(sums *sum, const char *w, long stride, const float *x, lon
 INLINED __m512 finished_int8(const linear_layer *layer, long output, __m512 sum) {
   __m512 bias = layer->bias ? _mm512_loadu_ps(layer->bias + output) : _mm512_setzero_ps();
   return _mm512_fmadd_ps(sum, _mm512_loadu_ps(layer->scale + output), bias);
-}
-
-static long panel_bytes(const linear_layer *layer) {
-  switch (layer->kind) {
-    case LINEAR_INT4: return layer->k / GROUP * INT4_BYTES;
-    case LINEAR_INT8_GROUPS: return layer->k / GROUP * INT8_BYTES;
-    case LINEAR_INT8: return layer->k * PANEL;
-    default: return layer->k * PANEL * (long)sizeof(float);
-  }
 }
 
 /* Rows of x times a span of k (quantised: all of it) of `pairs` pairs of panels from `output` on. */

@@ -8,8 +8,6 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-enum { GROUP = 32, INT4_BYTES = 32 + GROUP * 4, INT8_BYTES = 16 + GROUP * 8 };
-
 #define FETCH _MM_HINT_T1 /* the same place of the panels that come next: they are short, and end before a fixed lead */
 #define KERNEL __attribute__((target("avx2,fma,f16c")))
 #define INLINED static inline __attribute__((always_inline)) KERNEL
@@ -44,14 +42,6 @@ KERNEL static void widen_int8_groups(const char *groups, long size, long steps, 
       if (s % 8 == 0) _mm_prefetch(groups + 2 * size + 8 * s, FETCH);
       _mm256_store_ps(out, _mm256_mul_ps(bytes(groups + 16 + 8 * s), scale));
     }
-  }
-}
-
-static long panel_bytes(const linear_layer *layer) {
-  switch (layer->kind) {
-    case LINEAR_INT4: return layer->k / GROUP * INT4_BYTES;
-    case LINEAR_INT8_GROUPS: return layer->k / GROUP * INT8_BYTES;
-    default: return layer->k * 8;
   }
 }
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -150,17 +150,17 @@ def accept_maximal(
         recover_uniforms: [layout.num_rows] in (0, 1); a sequence uses that of the row its last token is drawn at.
     """
     target_own = target[layout.draft_rows, drafted.token_ids]
-    accepted = iter((accept_uniforms * drafted.probability_of_own_token() < target_own).tolist())
-    verdicts = [list(islice(accepted, count)) for count in layout.num_drafts]
-    num_accepted = tuple([*own, False].index(False) for own in verdicts)
-    drafts, start = [], 0  # index of the rejected one among all drafted tokens, -1: none was
-    for count, own in zip(num_accepted, verdicts, strict=True):
-        drafts.append(start + count if count < len(own) else -1)
-        start += len(own)
-    rows = [first + count for first, count in zip(layout.first_row, num_accepted, strict=True)]
-    final_rows, rejected = (torch.tensor(each, dtype=torch.int64, device=target.device) for each in (rows, drafts))
-    tokens = _recovered(target, final_rows, drafted, rejected, recover_uniforms[final_rows])
-    return Verdict(num_accepted, tuple(tokens.tolist()))
+    tests = (accept_uniforms * drafted.probability_of_own_token() < target_own).tolist()
+    num_accepted, rows, rejected, start = [], [], [], 0
+    for first, count in zip(layout.first_row, layout.num_drafts, strict=True):
+        accepted = [*tests[start : start + count], False].index(False)
+        num_accepted.append(accepted)
+        rows.append(first + accepted)
+        rejected.append(start + accepted if accepted < count else -1)  # its index among all drafted tokens
+        start += count
+    final_rows, drafts = (torch.tensor(each, dtype=torch.int64, device=target.device) for each in (rows, rejected))
+    tokens = _recovered(target, final_rows, drafted, drafts, recover_uniforms[final_rows])
+    return Verdict(tuple(num_accepted), tuple(tokens.tolist()))
 
 
 def _recovered(target: Tensor, rows: Tensor, drafted: DraftedTokens, drafts: Tensor, chances: Tensor) -> Tensor:

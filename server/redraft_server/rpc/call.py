@@ -45,6 +45,10 @@ class RequestReport:
         self.num_samples = num_samples
         self.admitted_ns = time.time_ns()
 
+    def note_finish(self, reason: FinishReason) -> None:
+        """A choice has ended; the first one's reason stands for the request."""
+        self.finish_reason = self.finish_reason or reason.value
+
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
         self._emit_if_complete()
@@ -116,18 +120,18 @@ class GenerationCall:
         for delta in part:
             if delta.finish_reason is not None:
                 self._check_finish(delta.finish_reason)
-                self._report.finish_reason = self._report.finish_reason or delta.finish_reason.value
+                self._report.note_finish(delta.finish_reason)
         return part
 
     def close(self) -> None:
         """The RPC is over, however it went; or its time is, and unread messages are dropped. Idempotent."""
         if not self._mailbox.is_finished:
             reason = FinishReason.DEADLINE if self.seconds_left() <= 0 else FinishReason.CANCELLED
-            self._report.finish_reason = self._report.finish_reason or reason.value
+            self._report.note_finish(reason)
             self._engine.cancel(self.request.request_id, reason)
         elif (unread := self._mailbox.unread_finish) is not None:
             # the client went, or its deadline came, while the end lay here
-            self._report.finish_reason = self._report.finish_reason or unread.value
+            self._report.note_finish(unread)
         self._mailbox.close()
 
     def seconds_left(self) -> float:
