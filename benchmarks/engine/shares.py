@@ -22,7 +22,7 @@ from benchmarks.engine.served import Served, WatchedEngine, served
 from benchmarks.engine.share_clock import Probe, ShareClock
 from benchmarks.peers.workers.protocol import Request
 from benchmarks.prompts import load_mixed
-from redraft.speculation import step
+from redraft.speculation import verify
 from redraft.telemetry.metrics import ServerMetrics
 from redraft.traffic.writer import TrafficWriter
 from redraft_server.engine import engine as engine_module
@@ -56,7 +56,7 @@ def probes(models: Models) -> Sequence[Probe]:
         Probe("target forward", models.target.runner, ("forward",)),
         Probe("draft forward", models.draft.runner, ("forward",)),
         Probe("sampling", engine_module, ("speculative_step",)),
-        Probe("capture", step, ("teacher_rows",)),
+        Probe("capture", verify, ("teacher_rows",)),
         Probe("capture", Delivery, ("_keep_for_record",)),
         Probe("capture", Recorder, ("record",)),
         Probe("scheduling", Scheduler, ("schedule", "settle", "remove")),

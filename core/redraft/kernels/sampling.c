@@ -94,7 +94,7 @@ AVX2 static void probability_item(void *arg, long row) {
   probability_job *job = arg;
   long n = job->n;
   const float *x = job->scores + row * n;
-  float *probs = job->probs + row * n, most = maximum(x, n);
+  float *probs = job->probs + row * n, most = largest(x, n, NULL, 0);
   if (!isfinite(most)) { /* no distribution */
     for (long i = 0; i < n; i++) probs[i] = NAN;
     return;

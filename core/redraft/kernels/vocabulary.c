@@ -7,6 +7,8 @@
 
 #include "vocabulary.h"
 
+enum { STRIPE = 128, MAX_STRIPES = 2048 }; /* floats, at least, whose largest is remembered; how many of them */
+
 /* -- the largest values of a row -------------------------------------------------------------------------------- */
 
 /* smaller value, or of equal ones the later id: what has to leave first */
@@ -25,20 +27,66 @@ INLINE void sift_down(entry *heap, long size, long at) {
 
 AVX2 static int best_first(const void *a, const void *b) { return worse(*(const entry *)b, *(const entry *)a) ? -1 : 1; }
 
-AVX2 void largest(const float *x, long n, entry *best, long size) {
-  long i = 0;
-  for (; i < size; i++) best[i] = (entry){x[i], (int32_t)i};
-  for (long at = size / 2 - 1; at >= 0; at--) sift_down(best, size, at);
-  for (; i < n && size; i++) {
-    if (i % 8 == 0 && i + 8 <= n) { /* mostly none of eight is good enough */
-      __m256 better = _mm256_cmp_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(best[0].value), _CMP_GT_OQ);
-      if (!_mm256_movemask_ps(better)) { i += 7; continue; }
+/* The largest of a stripe of x, never NaN; `unordered` remembers the NaNs. */
+INLINE float stripe_peak(const float *x, long count, __m256 *unordered) {
+  __m256 most = _mm256_set1_ps(-INFINITY);
+  for (long i = 0; i < count; i += 8) {
+    __m256 v = load_rest(x, i, count);
+    *unordered = _mm256_or_ps(*unordered, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    most = _mm256_max_ps(v, most); /* of a NaN and another, `most` */
+  }
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+/* Keep x[at] if it is among the `size` best so far, of which `*count` are there. */
+INLINE void offer(entry *heap, long *count, long size, float value, long at) {
+  if (*count < size) {
+    heap[(*count)++] = (entry){value, (int32_t)at};
+    if (*count == size)
+      for (long i = size / 2 - 1; i >= 0; i--) sift_down(heap, size, i);
+  } else if (value > heap[0].value) {
+    heap[0] = (entry){value, (int32_t)at};
+    sift_down(heap, size, 0);
+  }
+}
+
+/* One pass finds the largest of every stripe. `size` stripes have one that reaches the size-th largest of those, so
+ * nothing below it is wanted, and few stripes have to be looked at again. */
+AVX2 float largest(const float *x, long n, entry *best, long size) {
+  float peaks[MAX_STRIPES], most = -INFINITY, floor = -INFINITY;
+  long width = (n + MAX_STRIPES - 1) / MAX_STRIPES, count = 0;
+  if (width < STRIPE) width = STRIPE;
+  long stripes = (n + width - 1) / width;
+  __m256 unordered = _mm256_setzero_ps();
+  for (long s = 0; s < stripes; s++) {
+    peaks[s] = stripe_peak(x + s * width, s * width + width < n ? width : n - s * width, &unordered);
+    most = peaks[s] > most ? peaks[s] : most;
+  }
+  if (_mm256_movemask_ps(unordered)) {
+    for (long i = 0; i < size; i++) best[i] = (entry){NAN, 0};
+    return NAN;
+  }
+  if (size == 0) return most;
+  if (size <= stripes) {
+    for (long s = 0; s < stripes; s++) offer(best, &count, size, peaks[s], s);
+    floor = best[0].value;
+    count = 0;
+  }
+  for (long s = 0; s < stripes; s++) {
+    if (peaks[s] < floor) continue;
+    long end = s * width + width < n ? s * width + width : n;
+    for (long i = s * width; i < end; i += 8) {
+      __m256 enough = _mm256_cmp_ps(load_rest(x, i, end), _mm256_set1_ps(floor), _CMP_GE_OQ);
+      for (int lanes = _mm256_movemask_ps(enough); lanes; lanes &= lanes - 1) {
+        long at = i + __builtin_ctz(lanes);
+        if (at < end) offer(best, &count, size, x[at], at); /* beyond the end it is -inf */
+      }
     }
-    if (x[i] <= best[0].value) continue;
-    best[0] = (entry){x[i], (int32_t)i};
-    sift_down(best, size, 0);
   }
   qsort(best, size, sizeof(entry), best_first);
+  return most;
 }
 
 /* -- summaries --------------------------------------------------------------------------------------------------- */
@@ -55,14 +103,13 @@ typedef struct {
 AVX2 static void summarise_item(void *arg, long row) {
   summary_job *job = arg;
   const float *x = job->logits + row * job->n;
-  float most = maximum(x, job->n), temperature = job->temperatures[row];
+  entry *best = malloc((job->num_top + 1) * sizeof(entry));
+  if (!best) { atomic_store(&job->failed, 1); return; }
+  float most = largest(x, job->n, best, job->num_top), temperature = job->temperatures[row];
   job->totals[row] = most + (float)log(sum_exp(x, job->n, most, 1.0f, NULL));
   float slope = temperature > 0.0f ? 1.0f / temperature : 1.0f;
   job->tempered[row] = slope == 1.0f ? job->totals[row]
                                      : (float)(most * (double)slope + log(sum_exp(x, job->n, most, slope, NULL)));
-  entry *best = malloc((job->num_top + 1) * sizeof(entry));
-  if (!best) { atomic_store(&job->failed, 1); return; }
-  largest(x, job->n, best, job->num_top);
   for (long i = 0; i < job->num_top; i++) {
     job->ids[row * job->num_top + i] = best[i].id;
     job->values[row * job->num_top + i] = best[i].value;
@@ -93,14 +140,11 @@ typedef struct {
 AVX2 static void peak_item(void *arg, long row) {
   peak_job *job = arg;
   const float *x = job->scores + row * job->n;
-  float most = job->values[row] = maximum(x, job->n);
+  entry best;
+  float most = job->values[row] = largest(x, job->n, &best, 1);
   if (job->shares) /* NaN as well where the largest is not finite */
     job->shares[row] = most - most == 0.0f ? 1.0f / (float)sum_exp(x, job->n, most, 1.0f, NULL) : __builtin_nanf("");
-  job->ids[row] = 0;
-  for (long i = 0; i < job->n; i += 8) {
-    int lanes = _mm256_movemask_ps(_mm256_cmp_ps(load_rest(x, i, job->n), _mm256_set1_ps(most), _CMP_EQ_OQ));
-    if (lanes) { job->ids[row] = i + __builtin_ctz(lanes); return; }
-  }
+  job->ids[row] = best.id;
 }
 
 /* The largest score of every row and its first id; NaN and 0 where one is NaN. `shares`, unless NULL: its part of the

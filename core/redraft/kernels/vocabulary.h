@@ -13,28 +13,9 @@ enum { BLOCK = 512 }; /* floats whose sum is known while one looks for a place i
 
 typedef struct { float value; int32_t id; } entry;
 
-/* The `size` largest of x, best first; of equal ones those with smaller ids. size <= n. */
-INTERNAL void largest(const float *x, long n, entry *best, long size);
-
-/* The largest of x; NaN if one of them is. */
-INLINE float maximum(const float *x, long n) {
-  __m256 most = _mm256_set1_ps(-INFINITY), unordered = _mm256_setzero_ps();
-  long i = 0;
-  for (; i + 8 <= n; i += 8) {
-    __m256 v = _mm256_loadu_ps(x + i);
-    most = _mm256_max_ps(most, v);
-    unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  }
-  float lanes[8], result = -INFINITY;
-  _mm256_storeu_ps(lanes, most);
-  int is_nan = _mm256_movemask_ps(unordered);
-  for (int lane = 0; lane < 8; lane++) result = lanes[lane] > result ? lanes[lane] : result;
-  for (; i < n; i++) {
-    is_nan |= x[i] != x[i];
-    result = x[i] > result ? x[i] : result;
-  }
-  return is_nan ? NAN : result;
-}
+/* The `size` largest of x, best first; of equal ones those with smaller ids. size <= n. Returns the largest: NaN if one
+ * of x is NaN, and then `best` is (NaN, 0) throughout. */
+INTERNAL float largest(const float *x, long n, entry *best, long size);
 
 /* Eight of x from i on, as far as there are any; the rest is -inf. */
 INLINE __m256 load_rest(const float *x, long i, long n) {
@@ -63,13 +44,27 @@ INLINE double sum4(__m256d v) {
   return lanes[0] + lanes[1] + lanes[2] + lanes[3];
 }
 
-/* Sum of exp((x - most) * slope), float64, terms below exp(-87) as 0; the terms also go to `terms` if it is given. */
+/* exp((x - most) * slope); below exp(-87) it is 0. */
+INLINE __m256 exp_scaled(__m256 x, __m256 most, __m256 slope) {
+  __m256 v = _mm256_mul_ps(_mm256_sub_ps(x, most), slope);
+  return _mm256_and_ps(exp_negative(v), _mm256_cmp_ps(v, _mm256_set1_ps(-87.0f), _CMP_GT_OQ));
+}
+
+/* Sum of exp((x - most) * slope), as far as float32 can say; the terms also go to `terms` if it is given. */
 INLINE double sum_exp(const float *x, long n, float most, float slope, float *terms) {
-  __m256 shift = _mm256_set1_ps(most), factor = _mm256_set1_ps(slope), least = _mm256_set1_ps(-87.0f);
+  __m256 shift = _mm256_set1_ps(most), factor = _mm256_set1_ps(slope);
   __m256d sum = _mm256_setzero_pd();
-  for (long i = 0; i < n; i += 8) {
-    __m256 v = _mm256_mul_ps(_mm256_sub_ps(load_rest(x, i, n), shift), factor);
-    __m256 e = _mm256_and_ps(exp_negative(v), _mm256_cmp_ps(v, least, _CMP_GT_OQ));
+  long i = 0;
+  for (; i + 32 <= n; i += 32) { /* four at once: their latencies overlap, and only one in four is widened */
+    __m256 e[4];
+    for (int j = 0; j < 4; j++) {
+      e[j] = exp_scaled(_mm256_loadu_ps(x + i + 8 * j), shift, factor);
+      if (terms) _mm256_storeu_ps(terms + i + 8 * j, e[j]);
+    }
+    sum = add_wide(sum, _mm256_add_ps(_mm256_add_ps(e[0], e[1]), _mm256_add_ps(e[2], e[3])));
+  }
+  for (; i < n; i += 8) {
+    __m256 e = exp_scaled(load_rest(x, i, n), shift, factor);
     sum = add_wide(sum, e);
     if (terms) store_rest(terms, i, n, e);
   }

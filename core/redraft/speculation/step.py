@@ -10,32 +10,19 @@ the sequence is [.., t, d0, r] with KV of all but r: the KV of d1 and d2 is over
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from redraft.models.runner import Chunk, ModelRunner
-from redraft.sampling.coupling import (
-    DraftedTokens,
-    Layout,
-    Verdict,
-    accept_choice,
-    accept_maximal,
-    expected_acceptance,
-    keyed_race,
-)
-from redraft.sampling.logprobs import TeacherRow, TokenLogprob, teacher_rows, token_logprobs
-from redraft.sampling.params import Coupling
-from redraft.sampling.processors import SamplingRow, adjusted_logits, peaks, probabilities
-from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
+from redraft.sampling.logprobs import TeacherRow, TokenLogprob, token_logprobs
 from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, nothing_proposed
 from redraft.speculation.state import SequenceState
+from redraft.speculation.verify import verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +35,8 @@ class Work:
         max_draft: tokens to draft at most; 0 unless the step emits.
         logprobs: None, or how many alternatives to report beside each emitted token.
         prompt_logprobs: the same for prompt tokens computed in this step.
-        teacher_top_n: keep this many of the target's largest logits at every verified position; 0: none.
+        teacher_top_n: keep this many of the target's largest logits at every verified position; 0: none. Where a step
+            is asked for several numbers, the largest holds.
     """
 
     state: SequenceState
@@ -118,17 +106,6 @@ class StepObserver(Protocol):
         """Called once at the end of a step that emitted anything."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Accepted:
-    """Verdict of one sequence, on the host."""
-
-    num_accepted: int
-    final_token: int
-    expected: tuple[float, ...]
-    finite: bool  # every row the verdict rests on
-    probs: Tensor | None  # of the emitted tokens, [num_accepted + 1, vocab_size]; None: nobody needed them
-
-
 @torch.inference_mode()
 def speculative_step(
     work: Sequence[Work], target: ModelRunner, proposer: Proposer | None, observer: StepObserver | None = None
@@ -145,13 +122,21 @@ def speculative_step(
     chunks = [_chunk(w, p) for w, p in zip(work, proposal.sequences, strict=True)]
     logits = target.forward(chunks)
     rows = logits.split_with_sizes([c.num_logits for c in chunks])
-    accepted = _accept(work, proposal, logits, rows, with_probs=observer is not None)
-    teacher = _teacher(work, proposal, logits, rows, accepted)
+    emitting = [i for i, w in enumerate(work) if w.emits]
+    verdicts = verify(
+        states,
+        proposal,
+        emitting,
+        _verified(proposal, emitting, logits, rows),
+        num_top=max((work[i].teacher_top_n for i in emitting), default=0),
+        with_probs=observer is not None,
+    )
 
     outputs: list[StepOutput] = []
     verified_now: list[Verified] = []
-    for w, p, own_rows, verdict, labels in zip(work, proposal.sequences, rows, accepted, teacher, strict=True):
+    for i, (w, p, own_rows) in enumerate(zip(work, proposal.sequences, rows, strict=True)):
         prompt_scores = _prompt_logprobs(w, own_rows)
+        verdict = verdicts.get(i)
         if verdict is None:
             w.state.num_computed += w.num_tokens
             outputs.append(StepOutput(prompt_logprobs=prompt_scores))
@@ -169,7 +154,7 @@ def speculative_step(
                 verdict.expected,
                 () if w.logprobs is None else token_logprobs(verified[: len(emitted)], list(emitted), w.logprobs),
                 prompt_scores,
-                labels,
+                verdict.labels if w.teacher_top_n else (),
             )
         )
         if p.token_ids and proposer is not None:
@@ -206,118 +191,9 @@ def _prompt_logprobs(work: Work, rows: Tensor) -> tuple[TokenLogprob, ...]:
     return token_logprobs(rows[: len(scored)], scored, work.prompt_logprobs) if scored else ()
 
 
-def _teacher(
-    work: Sequence[Work],
-    proposal: Proposal,
-    logits: Tensor,
-    rows: Sequence[Tensor],
-    accepted: Sequence[_Accepted | None],
-) -> list[tuple[TeacherRow, ...]]:
-    """Per sequence, labels of the position before each drafted token and of the one after the last, if wanted."""
-    result: list[tuple[TeacherRow, ...]] = [()] * len(work)
-    wanted: dict[int, list[int]] = {}
-    for i, (w, verdict) in enumerate(zip(work, accepted, strict=True)):
-        if w.teacher_top_n and verdict is not None and verdict.finite:
-            wanted.setdefault(w.teacher_top_n, []).append(i)
-    for num_top, members in wanted.items():
-        verified = _verified(members, proposal, logits, rows)
-        labels = iter(teacher_rows(verified, num_top, _sampling_rows(work, proposal, members)))
-        for i in members:
-            result[i] = tuple(islice(labels, len(proposal.sequences[i].token_ids) + 1))
-    return result
-
-
-def _verified(members: Sequence[int], proposal: Proposal, logits: Tensor, rows: Sequence[Tensor]) -> Tensor:
+def _verified(proposal: Proposal, members: Sequence[int], logits: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """The rows that test these sequences' drafted tokens and the one after, in order; no copy if they are all."""
     counts = [len(proposal.sequences[i].token_ids) + 1 for i in members]
     if sum(counts) == len(logits):
         return logits
-    return torch.cat([rows[i][-count:] for i, count in zip(members, counts, strict=True)])
-
-
-def _sampling_rows(work: Sequence[Work], proposal: Proposal, members: Sequence[int]) -> list[SamplingRow]:
-    """What the rows of `_verified` are processed with."""
-    return [
-        work[i].state.sampling_row(proposal.sequences[i].token_ids[:j])
-        for i in members
-        for j in range(len(proposal.sequences[i].token_ids) + 1)
-    ]
-
-
-def _accept(
-    work: Sequence[Work], proposal: Proposal, logits: Tensor, rows: Sequence[Tensor], *, with_probs: bool
-) -> list[_Accepted | None]:
-    """Sample or verify every emitting sequence; None for those in the middle of a prefill."""
-    result: list[_Accepted | None] = [None] * len(work)
-    # what a rule costs is in passes over [rows, vocab_size]; at temperature 0 one is enough
-    rules: dict[Coupling | None, list[int]] = {}
-    for i, w in enumerate(work):
-        if w.emits:
-            rules.setdefault(None if w.state.params.is_greedy else w.state.coupling, []).append(i)
-    for coupling, members in rules.items():
-        drafts = [proposal.sequences[i].token_ids for i in members]
-        verified = _verified(members, proposal, logits, rows)
-        sampling_rows = _sampling_rows(work, proposal, members)
-        largest, choice = peaks(verified)
-        probs: Tensor | None = None
-        if coupling is None:
-            adjusted = adjusted_logits(verified, sampling_rows)
-            if adjusted is not verified:
-                _, choice = peaks(adjusted)
-            verdict = accept_choice(choice.tolist(), drafts)
-            alphas = _greedy_acceptance(choice, proposal, members, drafts)
-            if with_probs:
-                probs = torch.zeros_like(verified, dtype=torch.float32).scatter_(1, choice.unsqueeze(1), 1.0)
-        else:
-            probs = probabilities(verified, sampling_rows)
-            layout = Layout.of([len(d) for d in drafts], logits.device)
-            drafted = proposal.drafted_tokens(members, logits.device)
-            verdict = _couple(coupling, probs, drafted, layout, [work[i] for i in members], drafts)
-            alphas = expected_acceptance(probs, drafted, layout).tolist()
-        finite = [math.isfinite(value) for value in largest.tolist()]
-        draft_start = row_start = 0
-        for i, d, count, token in zip(members, drafts, verdict.num_accepted, verdict.final_token, strict=True):
-            reached = min(count + 1, len(d))
-            result[i] = _Accepted(
-                count,
-                token,
-                tuple(alphas[draft_start : draft_start + reached]),
-                all(finite[row_start : row_start + count + 1]),
-                None if probs is None else probs[row_start : row_start + count + 1],
-            )
-            draft_start += len(d)
-            row_start += len(d) + 1
-    return result
-
-
-def _greedy_acceptance(
-    choice: Tensor, proposal: Proposal, members: Sequence[int], drafts: Sequence[tuple[int, ...]]
-) -> list[float]:
-    """Expected acceptance at every drafted token of these sequences where p is one-hot: q of the target's pick."""
-    if not any(drafts):
-        return []
-    tested = Layout.of([len(d) for d in drafts], choice.device).draft_rows
-    alphas: list[float] = proposal.drafted_tokens(members, choice.device).probability_of(choice[tested]).tolist()
-    return alphas
-
-
-def _couple(
-    coupling: Coupling,
-    probs: Tensor,
-    drafted: DraftedTokens,
-    layout: Layout,
-    work: Sequence[Work],
-    drafts: Sequence[tuple[int, ...]],
-) -> Verdict:
-    """Apply one coupling with each sequence's own randomness; row j of a sequence is output position n + j."""
-    row_keys: list[int] = []
-    row_positions: list[int] = []
-    for w, draft in zip(work, drafts, strict=True):
-        row_keys += [w.state.key] * (len(draft) + 1)
-        row_positions += range(w.state.num_output_tokens, w.state.num_output_tokens + len(draft) + 1)
-    keys, positions = as_key_tensor(row_keys, probs.device), torch.tensor(row_positions, device=probs.device)
-    if coupling is Coupling.DRAFTER_INVARIANT:
-        return accept_choice(keyed_race(probs, keys, positions).tolist(), drafts)
-    accept = uniforms(keys, positions, Purpose.ACCEPT)[layout.draft_rows]
-    # keyed by the row the token ends up on, which is known only after acceptance: give every row its own number
-    return accept_maximal(probs, drafted, layout, accept, uniforms(keys, positions, Purpose.RECOVER))
+    return torch.cat([logits[:0], *(rows[i][-count:] for i, count in zip(members, counts, strict=True))])

@@ -51,8 +51,10 @@ def test_cancel_while_running_ends_at_the_next_step() -> None:
 def test_cancel_while_waiting_never_runs() -> None:
     with running_engine(EngineSpec(max_running=1)) as engine:
         waiting = request(PROMPT, GREEDY)
-        running = submit(engine, request(PROMPT, GREEDY), Acting(lambda: engine.cancel(waiting.request_id)))
-        sink = submit(engine, waiting).wait()
+        with held(engine):  # both are there before the first step
+            running = submit(engine, request(PROMPT, GREEDY), Acting(lambda: engine.cancel(waiting.request_id)))
+            sink = submit(engine, waiting)
+        sink.wait()
         assert sink.finish_reason() is FinishReason.CANCELLED
         assert sink.finished.time_to_first_token_s is None
         assert sink.finished.completion_tokens == 0
