@@ -274,7 +274,7 @@ class Overflowing(ModelRunner):
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         logits = super().forward(chunks)
         hit = [self.token in chunk.token_ids for chunk in chunks for _ in range(chunk.num_logits)]
-        return logits.masked_fill(torch.tensor(hit).unsqueeze(1), self.value)
+        return logits.masked_fill(torch.tensor(hit, dtype=torch.bool).unsqueeze(1), self.value)
 
 
 def overflowing(seed: int) -> Overflowing:
