@@ -25,11 +25,15 @@ DataOption = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkPrompt:
-    """A user message, with the application's own system message where it has one."""
+    """A user message, with the application's own system message where it has one.
+
+    `category`: of a benchmark's prompt, what kind it is there.
+    """
 
     id: str
     text: str
     system: str | None = None
+    category: str = ""
 
     def token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Rendered with the model's chat template, the assistant's turn opened."""
@@ -125,4 +129,4 @@ def _evaluation_lines(file: Path) -> Iterator[BenchmarkPrompt]:
         for line in lines:
             entry = json.loads(line)
             if file.stem in _EXCLUDED or entry["id"].startswith(f"{file.stem}-e"):
-                yield BenchmarkPrompt(entry["id"], entry["prompt"], entry.get("system"))
+                yield BenchmarkPrompt(entry["id"], entry["prompt"], entry.get("system"), entry.get("category", ""))

@@ -22,13 +22,14 @@ from benchmarks.engine.page import write
 from benchmarks.engine.parts import measure_parts, measure_speculation
 from benchmarks.engine.plan import QUICK, Plan
 from benchmarks.engine.shares import measure_shares
+from benchmarks.engine.spec_bench import measure_spec_bench
 from benchmarks.machine import wait_passively
 from benchmarks.prompts import DataOption, load_prompts
 from benchmarks.report import RESULTS
 from redraft.models.rounding import WeightFormat
 from redraft_server.garbage import settle
 
-EXPERIMENTS = "forward,sampling,step,parts,speculation"
+EXPERIMENTS = "forward,sampling,step,parts,speculation,spec_bench"
 QUICK_FOLDER = Path("build", "bench")
 
 
@@ -61,6 +62,7 @@ def main(
         "step": lambda: measure_shares(cells, models, plan, data, on_cell),
         "parts": lambda: measure_parts(cells, models, plan, data, on_cell),
         "speculation": lambda: measure_speculation(cells, models, plan, data, on_cell),
+        "spec_bench": lambda: measure_spec_bench(cells, models, plan, data, on_cell),
     }
     for name in names:
         experiments[name]()

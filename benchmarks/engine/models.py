@@ -11,6 +11,7 @@ from redraft.models.rounding import WeightFormat
 from redraft.models.tokenizer import Tokenizer, load_tokenizer
 from redraft.speculation.cost import StepCost
 from redraft.speculation.draft_model import DraftModelProposer
+from redraft.speculation.fallback import FallbackProposer
 from redraft.speculation.length import LengthController
 from redraft.speculation.ngram import NgramProposer
 from redraft.speculation.proposer import Proposer
@@ -19,7 +20,7 @@ from redraft.traffic.writer import TrafficWriter
 from redraft_server.config import SpeculationConfig
 from redraft_server.engine.engine import Engine
 
-PLAIN, DRAFT, NGRAM = "plain", "draft", "ngram"
+PLAIN, DRAFT, NGRAM, BOTH = "plain", "draft", "ngram", "ngram+draft"
 _DEFAULTS = SpeculationConfig()
 
 
@@ -46,7 +47,7 @@ class Models:
         metrics: ServerMetrics | None = None,
         writer: TrafficWriter | None = None,
     ) -> AbstractContextManager[Engine]:
-        """A running engine: mode plain, draft or ngram, the latter two with an adaptive length.
+        """A running engine: mode plain, draft, ngram or ngram+draft, all but the first with adaptive lengths.
 
         No prefix cache: prompts come again, and engines share their KV slots. Only one may be at work.
         """
@@ -64,6 +65,8 @@ class Models:
         )
 
     def _proposer(self, mode: str, cost: StepCost) -> Proposer | None:
+        if mode == BOTH:
+            return FallbackProposer([p for one in (NGRAM, DRAFT) if (p := self._proposer(one, cost)) is not None])
         if mode == DRAFT:
             length = LengthController(DraftModelProposer.name, cost, self.draft.step_cost())
             return DraftModelProposer(

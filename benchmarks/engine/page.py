@@ -9,12 +9,14 @@ from benchmarks.cells import Cells, Row
 from benchmarks.engine.forward import SAMPLERS, known_models
 from benchmarks.engine.parts import PARTS
 from benchmarks.engine.shares import SHARES
+from benchmarks.engine.spec_bench import ALL, TASKS
 from benchmarks.machine import QUIET_CORES, machine_line
 from benchmarks.report import table, write_page
 
 PART_GOALS = {"capture": 0.98, "metrics": 0.99, "gRPC": 0.95}
 NOT_FORWARD_GOALS = {1: 0.08, 16: 0.15}
 SPECULATION_GOAL = 0.98
+SPEC_BENCH_GOALS = {0.0: 1.3, 0.7: 1.2}
 
 
 def write(cells: Cells, models: str, prompts: str) -> Path:
@@ -32,6 +34,8 @@ def write(cells: Cells, models: str, prompts: str) -> Path:
         parts += ["## Parts", _PAIRS, _parts(rows)]
     if rows := cells.find(experiment="speculation"):
         parts += ["## Speculation on against off", _PAIRS, _speculation(rows)]
+    if rows := cells.find(experiment="spec_bench"):
+        parts += ["## Spec-Bench, the general draft", _SPEC_BENCH, _spec_bench(rows)]
     noisy = [row for row in cells.rows if (row.get("other_cores") or 0.0) > QUIET_CORES]
     if noisy:
         most = max(row["other_cores"] for row in noisy)
@@ -47,6 +51,10 @@ _STEP = (
     "what is left of a step without its passes, acceptance included. The event loop's CPU time is beside these shares."
 )
 _PAIRS = "Tokens per second with over without, prefill included, run in turn: median and quartiles of the pairs."
+_SPEC_BENCH = (
+    "One stream, until end-of-text or 128 tokens: tokens per second over plain decoding, the geometric mean over "
+    "prompts (and their quartiles), prefill included; and the same behind the first token."
+)
 
 
 def _ceilings(rows: Sequence[Row]) -> str:
@@ -134,6 +142,26 @@ def _speculation(rows: Sequence[Row]) -> str:
         speeds = [f"{row['tokens_per_s']:.1f}", f"{row['tokens_per_s_off']:.1f}"]
         lines.append([row["proposer"], str(row["streams"]), _pair(row), *speeds, f"{SPECULATION_GOAL:.2f} {verdict}"])
     return table(["proposer", "streams", "ratio", "tokens/s on", "off", "at least"], lines)
+
+
+def _spec_bench(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in sorted(rows, key=lambda r: (r["temperature"], r["proposer"], (*TASKS, ALL).index(r["task"]))):
+        low, high = row["quartiles"]
+        goal = SPEC_BENCH_GOALS[row["temperature"]]
+        verdict = f"{goal:.1f} {'reached' if row['ratio'] >= goal else 'MISSED'}" if row["task"] == ALL else ""
+        lines.append(
+            [
+                f"{row['temperature']:g}",
+                row["proposer"],
+                row["task"],
+                str(row["prompts"]),
+                f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['decode_ratio']:.2f}",
+                verdict,
+            ]
+        )
+    return table(["temperature", "proposer", "task", "prompts", "ratio", "without prefill", "goal"], lines)
 
 
 def _pair(row: Row) -> str:

@@ -22,6 +22,8 @@ class Plan:
     streams: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # of speculation
     speculation_tokens: int = 64
     speculation_cycles: int = 6
+    benchmark_prompts: int = 4  # of each of Spec-Bench's tasks
+    benchmark_tokens: int = 128
 
 
 QUICK = Plan(
@@ -38,4 +40,6 @@ QUICK = Plan(
     streams=(1, 2),
     speculation_tokens=8,
     speculation_cycles=2,
+    benchmark_prompts=1,
+    benchmark_tokens=8,
 )

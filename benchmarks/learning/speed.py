@@ -20,7 +20,6 @@ from redraft.speculation.proposer import Proposer
 from redraft_server.config import SpeculationConfig
 from redraft_training.cycle_models import directory_ref
 
-BENCHMARK = "spec_bench"  # of all kinds: only for the general draft
 NUM_PROMPTS, NEW_TOKENS = 6, 64
 MAX_DRAFT = SpeculationConfig().num_speculative_tokens  # as a server has it
 SAMPLING = {
@@ -34,9 +33,8 @@ def speed(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> None
     tokenizer = load_tokenizer(ModelRef.parse("demo"))
     target = SharedModel.load("demo", tokenizer)
     drafts = {"pruned": pruned, "general": general}
-    for domain in (*DOMAINS, BENCHMARK):
-        own = {"general": general} if domain == BENCHMARK else {**drafts, **_trained(domain)}
-        for name, draft in own.items():
+    for domain in DOMAINS:
+        for name, draft in {**drafts, **_trained(domain)}.items():
             if bench.known(f"speed/{domain}/{name}") is None:
                 bench.keep(f"speed/{domain}/{name}", _measure(target, tokenizer, draft, data, domain))
 

@@ -16,6 +16,7 @@ from benchmarks.engine.models import Models
 from benchmarks.engine.page import write
 from benchmarks.engine.share_clock import Probe, ShareClock
 from benchmarks.engine.shares import FORWARDS, SHARES, Window, probes
+from benchmarks.engine.spec_bench import ALL
 from redraft.kernels.library import library
 from redraft.models.draft_vocab import DraftVocab
 from redraft.models.loader import load_model
@@ -184,3 +185,16 @@ def test_page_shows_goals_and_warns_of_noise(tmp_path: Path) -> None:
     assert "0.99 reached" in text
     assert "BELOW" in text
     assert "1 cells were measured beside other busy processes" in text
+
+
+def test_page_shows_spec_bench_by_task(tmp_path: Path) -> None:
+    cells = Cells(tmp_path / "engine.json")
+    values = {"quartiles": [1.0, 1.5], "decode_ratio": 1.5, "prompts": 4, "other_cores": 0.0}
+    for temperature, ratio in ((0.0, 1.31), (0.7, 1.19)):
+        for task in ("rag", ALL):
+            identity = {"experiment": "spec_bench", "temperature": temperature, "proposer": "draft", "task": task}
+            cells.keep(identity, {**values, "ratio": ratio})
+    text = write(cells, "models", "prompts").read_text()
+    assert "1.3 reached" in text
+    assert "1.2 MISSED" in text
+    assert text.count("| rag |") == 2
