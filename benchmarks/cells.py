@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import processor
 from redraft.files import write_file
 
 Row = dict[str, Any]
@@ -33,13 +34,18 @@ class Cells:
         return any(_has(row, identity) for row in self._fresh)
 
     def keep(self, identity: Mapping[str, object], values: Mapping[str, object]) -> None:
-        """Add a row, or replace the one of this identity; written at once, with the day and the commit."""
-        row = {**identity, **values, "date": _today(), "commit": _commit()}
+        """Add a row, or replace the one of this identity; written at once, with machine, day and commit."""
+        row = {**identity, **values, "machine": processor(), "date": _today(), "commit": _commit()}
         for rows in (self.rows, self._fresh):
             rows[:] = [*(other for other in rows if not _has(other, identity)), row]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f" {json.dumps(one)}" for one in self.rows)
         write_file(self.path, f"[\n{lines}\n]\n".encode())
+
+
+def measured_on(rows: Sequence[Row]) -> str:
+    """A sentence for a page: rows of several machines may stand in one file."""
+    return "On " + "; ".join(dict.fromkeys(row["machine"] for row in rows)) + "."
 
 
 def _has(row: Row, entries: Mapping[str, object]) -> bool:

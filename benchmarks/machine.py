@@ -30,12 +30,15 @@ def wait_passively() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+def processor() -> str:
+    """Model, instruction set and number of cores: what a row of results was measured on."""
+    return f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()}), {len(os.sched_getaffinity(0))} cores"
+
+
 def machine_line() -> str:
     """Processor, cores and library versions in one line; nothing that names the machine."""
-    cores = len(os.sched_getaffinity(0))
     parts = [
-        f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
-        f"{cores} cores",
+        processor(),
         f"{torch.get_num_threads()} threads",
         *(f"{name}={os.environ[name]}" for name in ("OMP_WAIT_POLICY",) if name in os.environ),
         f"{platform.system()} {platform.machine()}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cells import Cells, Row
+from benchmarks.cells import Cells, Row, measured_on
 from benchmarks.engine.forward import SAMPLERS, known_models
 from benchmarks.engine.parts import PARTS
 from benchmarks.engine.shares import SHARES
@@ -25,17 +25,17 @@ def write(cells: Cells, models: str, prompts: str) -> Path:
     parts = [f"{models}. {prompts}."]
     for name in known_models(cells):
         rows = cells.find(experiment="forward", model=name)
-        parts += [f"## Forward pass: {name}", _ceilings(rows), _forward(rows)]
+        parts += [f"## Forward pass: {name}", measured_on(rows), _ceilings(rows), _forward(rows)]
     if rows := cells.find(experiment="sampling"):
-        parts += ["## Sampling", _sampling(rows)]
+        parts += ["## Sampling", measured_on(rows), _sampling(rows)]
     if rows := cells.find(experiment="step"):
-        parts += ["## A step", _STEP, _steps(rows)]
+        parts += ["## A step", measured_on(rows), _STEP, _steps(rows)]
     if rows := cells.find(experiment="part"):
-        parts += ["## Parts", _PAIRS, _parts(rows)]
+        parts += ["## Parts", measured_on(rows), _PAIRS, _parts(rows)]
     if rows := cells.find(experiment="speculation"):
-        parts += ["## Speculation on against off", _PAIRS, _speculation(rows)]
+        parts += ["## Speculation on against off", measured_on(rows), _PAIRS, _speculation(rows)]
     if rows := cells.find(experiment="spec_bench"):
-        parts += ["## Spec-Bench, the general draft", _SPEC_BENCH, _spec_bench(rows)]
+        parts += ["## Spec-Bench, the general draft", measured_on(rows), _SPEC_BENCH, _spec_bench(rows)]
     noisy = [row for row in cells.rows if (row.get("other_cores") or 0.0) > QUIET_CORES]
     if noisy:
         most = max(row["other_cores"] for row in noisy)

@@ -114,6 +114,9 @@ class DraftModelProposer:
         price = self.length.token_price + self.length.pass_price(num_active)
         return draft.survival * self.length.rate(draft.state) >= price
 
+    def _is_worth_reading(self, state: SequenceState) -> bool:
+        return self.length is None or self.length.is_worth_reading(_num_missing(state), state.num_output_tokens)
+
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
         """Keep the draft's KV of what was accepted. The last drafted token was never run through the draft."""
         state.num_draft_computed = len(state.token_ids) + min(num_accepted, len(proposal.token_ids) - 1)
@@ -137,7 +140,7 @@ class DraftModelProposer:
         for index in sorted(asked, key=lambda i: _num_missing(states[i])):
             state = states[index]
             missing = _num_missing(state)
-            if missing > _USUALLY_MISSING and self.length is not None and not self.length.is_worth_reading(missing):
+            if missing > _USUALLY_MISSING and not self._is_worth_reading(state):
                 continue
             rebuilds = state.num_draft_computed < state.draft_rebuild_end
             taken = min(missing, budget, rebuild_budget) if rebuilds else min(missing, budget)

@@ -23,6 +23,7 @@ _HYSTERESIS = 1.02  # a different k must promise this much more goodput
 _READING_RATE = 0.1  # of the moving average of what a token that the draft catches up on costs
 _OUTPUT_RATE = 1 / 256  # of the moving average of how far outputs have come, per sequence and step
 _OUTPUT_PRIOR = 64.0  # tokens
+_FRESH_OUTPUT = 8.0  # tokens that any output is expected to have; later, twice as many as it has by then
 _REST = 8  # steps for which a refusal stands: while nothing is drafted, the choice is all that speculation costs
 
 
@@ -98,13 +99,18 @@ class LengthController:
         if self._is_trial:
             self._ledger.charge(seconds)
 
-    def is_worth_reading(self, num_tokens: int) -> bool:
-        """Whether what drafting saves on the tokens that a sequence may still emit pays for catching up first."""
+    def is_worth_reading(self, num_tokens: int, num_output_tokens: int) -> bool:
+        """Whether what drafting saves on the tokens that a sequence may still emit pays for catching up first.
+
+        Those are as many as outputs have on average, but no more than it has shown by its own length: an answer of
+        three words to a page costs a draft that reads the page more than it can save.
+        """
         if self._is_trial or self.draft_cost is None or self._promised <= 0.0:
             return True
         each = self._reading_seconds
         cost = self.draft_cost.estimate(num_tokens) if each is None else num_tokens * each
-        return cost <= self._output_tokens * (self._token_worth - 1.0 / self._promised)
+        remaining = min(self._output_tokens, _FRESH_OUTPUT + 2.0 * num_output_tokens)
+        return cost <= remaining * (self._token_worth - 1.0 / self._promised)
 
     def choose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """k per sequence, at most limits[i]."""

@@ -141,7 +141,7 @@ class Reluctant(FixedPrice):
         super().__init__(0.0)
         self.most = most
 
-    def is_worth_reading(self, num_tokens: int) -> bool:
+    def is_worth_reading(self, num_tokens: int, num_output_tokens: int) -> bool:
         return num_tokens <= self.most
 
 

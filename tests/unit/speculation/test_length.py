@@ -210,12 +210,14 @@ def test_reading_must_pay() -> None:
     controller = LengthController("draft", flat(1.0), flat(0.05))
     assert controller.choose([sequence(0.8)], [4])[0] > 0
     controller.observe_reading(100, 1.0)  # a hundredth of a plain step each
-    assert controller.is_worth_reading(1000)
-    assert not controller.is_worth_reading(10_000)
+    assert controller.is_worth_reading(1000, 60)
+    assert not controller.is_worth_reading(10_000, 60)
+    assert controller.is_worth_reading(200, 0)
+    assert not controller.is_worth_reading(1000, 0), "the answer may be short"
     short = SequenceState([1] * 4, 1, SamplingParams(), key=0)
     for _ in range(2000):
         controller.choose([short], [4])  # outputs end after a few tokens
-    assert not controller.is_worth_reading(1000)
+    assert not controller.is_worth_reading(1000, 60)
 
 
 def test_steps_in_which_nobody_may_draft_change_nothing() -> None:
