@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 _PATIENCE = 8.0  # plain steps that drafting may lose while it promises to pay
-_TRIAL_STEPS = 8  # one says nothing of acceptance
-_TRIAL_PRICE = 2.0  # plain steps that a trial is taken to cost at least
-_BUDGET = 0.01  # of the time of plain decoding, for trials
+_TRIAL_PRICE = 0.6  # plain steps that a trial is taken to cost at least
+_BUDGET = 0.02  # of the time of plain decoding, for trials
 
 
 class Ledger:
@@ -13,14 +12,14 @@ class Ledger:
 
     Predicted goodput can be wrong in ways that no prediction shows; losses show here. The account is a one-sided
     cumulative sum (CUSUM; Page 1954): gains are no cushion for later losses. What was lost is earned back before the
-    next trial, so a draft that is no good costs about `_BUDGET` of the time, however wrong the prediction.
+    next trial, so a draft that is no good costs about `_BUDGET` of the time, however wrong the prediction. A trial is
+    one step: many short ones see more requests than few long ones, and a canary counts requests.
     """
 
     def __init__(self) -> None:
         self._loss = 0.0  # seconds
         self._closed = 0.0  # seconds of plain decoding still to come, whatever is promised
         self._wait = 0.0  # the same while nothing is promised
-        self._trial_left = 0  # steps
 
     def charge(self, seconds: float) -> None:
         """Time that a plain step would not have taken."""
@@ -37,9 +36,6 @@ class Ledger:
             plain_seconds: of a step without drafting; 0: not known yet.
             is_promising: whether drafting is predicted to pay.
         """
-        if self._trial_left > 0:
-            self._trial_left -= 1
-            return True
         if self._closed > 0.0:
             self._closed -= plain_seconds
             if self._closed > 0.0:
@@ -57,7 +53,6 @@ class Ledger:
             if self._wait > 0.0:
                 return False
         self._wait = 0.0
-        self._trial_left = _TRIAL_STEPS - 1
         return True
 
     def skip(self, plain_seconds: float, most: int) -> int:

@@ -174,13 +174,13 @@ def chosen_ks(controller: LengthController, steps: int, *, accepted: bool, secon
     return chosen
 
 
-def test_where_nothing_is_promised_short_trials_cost_a_hundredth() -> None:
-    """A useless draft at half the target's cost: once it is known, single tokens, in spells, ever so often."""
+def test_where_nothing_is_promised_trials_cost_a_fiftieth() -> None:
+    """A useless draft at half the target's cost: once it is known, a single token ever so often."""
     controller = LengthController("draft", flat(1.0), flat(0.5))
     chosen_ks(controller, 100, accepted=False, seconds=0.5)
     later = chosen_ks(controller, 5000, accepted=False, seconds=0.5)
     assert set(later) == {0, 1}
-    assert 0.5 * sum(later) < 0.012 * len(later)
+    assert 0.5 * sum(later) < 0.022 * len(later)
     assert sum(later) > 30, "it does try"
 
 
@@ -196,7 +196,7 @@ def test_a_promise_that_is_not_kept_closes_drafting() -> None:
     """Proposals take five times what their passes do, which no estimate contains: the account shows it."""
     controller = LengthController("draft", flat(1.0), flat(0.05))
     ks = [k for k in chosen_ks(controller, 3000, accepted=False, seconds=1.0) if k]
-    assert len(ks) < 60
+    assert len(ks) < 100
 
 
 def test_what_fails_in_a_large_batch_may_pay_in_a_small_one() -> None:
