@@ -15,11 +15,6 @@ _WARM_UP_SIZES = (1, 2, 4, 8, 16, 32)
 _WARM_UP_REPEATS = 3
 
 
-def size_class(size: int) -> int:
-    """Sizes that cost about the same: every one up to 8, then powers of 2."""
-    return size if size <= 8 else 1 << (size - 1).bit_length()
-
-
 class StepCost:
     """Seconds of a forward pass as a function of its size, a moving average per size class.
 
@@ -30,26 +25,25 @@ class StepCost:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self._known: list[int] = []  # its keys, ascending
+
+    @staticmethod
+    def _size_class(size: int) -> int:
+        return size if size <= 8 else 1 << (size - 1).bit_length()
 
     def observe(self, size: int, seconds: float) -> None:
-        key = size_class(size)
+        key = self._size_class(size)
         if key not in self._seconds:
             self._seconds[key] = seconds
-            self._known = sorted(self._seconds)
             return
         ratio = seconds / max(self._seconds[key], 1e-9)
         change = min(max(ratio, 1.0 / _MAX_CHANGE), _MAX_CHANGE) - 1.0
         self._seconds[key] *= (1.0 + _COST_RATE * change) / (1.0 + _COMMON_RATE * change)
-        for known in self._seconds:
-            self._seconds[known] *= 1.0 + _COMMON_RATE * change
+        for size_class in self._seconds:
+            self._seconds[size_class] *= 1.0 + _COMMON_RATE * change
 
     def estimate(self, size: int) -> float:
         """Interpolated between measured classes, proportional beyond the largest; 0 if nothing was measured."""
-        exact = self._seconds.get(size)
-        if exact is not None:
-            return exact
-        known = self._known
+        known = sorted(self._seconds)
         if not known:
             return 0.0
         at = bisect_left(known, size)

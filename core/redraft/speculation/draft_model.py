@@ -19,8 +19,6 @@ from redraft.speculation.length import LengthController
 from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, SequenceProposal, nothing_proposed
 from redraft.speculation.state import SequenceState
 
-_USUALLY_MISSING = 2  # tokens, after a step all of whose drafted tokens were accepted
-
 
 class DraftModelProposer:
     """Drafts with a model of its own KV, addressed by the sequences' shared block tables.
@@ -58,12 +56,14 @@ class DraftModelProposer:
         self.length = length
 
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
+        begun = time.perf_counter()
         if self.length is not None:
             limits = self.length.allow(states, limits)
         ready = self._catch_up(states, limits)
         if not ready:
             return nothing_proposed(len(states), self.runner.vocab_size, self.runner.device)
-        begun = time.perf_counter()
+        # one or two tokens are pending in the usual step; prompts and the like would say nothing of the next one
+        is_usual = sum(map(bool, limits)) == len(ready) and all(_num_missing(states[i]) <= 2 for i in ready)
         drafts = {index: _Draft(states[index], limits[index]) for index in ready}
         active = list(drafts.values())
         probs: list[Tensor] = []
@@ -90,10 +90,8 @@ class DraftModelProposer:
                 [Chunk(d.tokens[-1:], len(d.state.token_ids) + len(d.tokens) - 1, d.state.block_ids) for d in active]
             )
         result = [drafts[i].proposal(self) if i in drafts else NOTHING for i in range(len(states))]
-        if self.length is not None:
-            seconds = time.perf_counter() - begun
-            self.length.observe_passes(len(ready), num_passes, seconds)
-            self.length.observe_proposal(len(states), sum(len(own.token_ids) for own in result), seconds)
+        if self.length is not None and is_usual:
+            self.length.observe_proposal(len(ready), num_passes, time.perf_counter() - begun)
         return Proposal(tuple(result), probs[0] if len(probs) == 1 else torch.cat(probs))
 
     def _is_worth_a_token(self, draft: _Draft, sureness: float) -> bool:
@@ -114,9 +112,6 @@ class DraftModelProposer:
         price = self.length.token_price + self.length.pass_price(num_active)
         return draft.survival * self.length.rate(draft.state) >= price
 
-    def _is_worth_reading(self, state: SequenceState) -> bool:
-        return self.length is None or self.length.is_worth_reading(_num_missing(state), state.num_output_tokens)
-
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
         """Keep the draft's KV of what was accepted. The last drafted token was never run through the draft."""
         state.num_draft_computed = len(state.token_ids) + min(num_accepted, len(proposal.token_ids) - 1)
@@ -125,8 +120,7 @@ class DraftModelProposer:
             self.length.confidence.observe(proposal.sureness, num_accepted, greedy=state.params.is_greedy)
 
     def _catch_up(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
-        """Indices of the sequences that can draft in this step, for whom all but a usual step's tokens have been read;
-        of what others lack, part is read."""
+        """Indices of the sequences that can draft in this step; ingests part of what others lack."""
         ready: list[int] = []
         chunks: list[Chunk] = []
         budget, rebuild_budget = self.max_catch_up, self.max_rebuild
@@ -140,24 +134,18 @@ class DraftModelProposer:
         for index in sorted(asked, key=lambda i: _num_missing(states[i])):
             state = states[index]
             missing = _num_missing(state)
-            if missing > _USUALLY_MISSING and not self._is_worth_reading(state):
-                continue
             rebuilds = state.num_draft_computed < state.draft_rebuild_end
             taken = min(missing, budget, rebuild_budget) if rebuilds else min(missing, budget)
             budget -= taken
             rebuild_budget -= taken if rebuilds else 0
             if taken == missing:
                 ready.append(index)
-                taken = 0 if missing <= _USUALLY_MISSING else taken - 1  # the rest is where its first token is drawn
-            if taken > 0:
+            elif taken > 0:
                 start = state.num_draft_computed
                 chunks.append(Chunk(state.token_ids[start : start + taken], start, state.block_ids, 0))
                 state.num_draft_computed += taken
         if chunks:
-            begun = time.perf_counter()
             self.runner.forward(chunks)
-            if self.length is not None:
-                self.length.observe_reading(sum(len(c.token_ids) for c in chunks), time.perf_counter() - begun)
         return ready
 
     def _ingest_pending(self, states: Sequence[SequenceState]) -> Tensor:

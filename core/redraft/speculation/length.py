@@ -3,8 +3,8 @@
 For a sequence whose draft tokens are accepted with probability a, a step with k drafted tokens emits
 (1 - a^(k+1)) / (1 - a) tokens on average (Leviathan et al. 2023). For a batch, goodput is the sum of that over the
 sequences, divided by the time of the step: one target pass over all tokens and k draft passes. Both times come from
-the steps themselves, and `Ledger` closes drafting where the promise is not kept. The choice looks only at what earlier
-steps did, never at the tokens being drafted, so it cannot bias the output.
+the steps themselves. The choice looks only at what earlier steps did, never at the tokens being drafted, so it cannot
+bias the output.
 """
 
 from __future__ import annotations
@@ -13,18 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redraft.speculation.confidence import Confidence
-from redraft.speculation.cost import StepCost, size_class
-from redraft.speculation.ledger import Ledger
+from redraft.speculation.cost import StepCost
 from redraft.speculation.state import SequenceState
 
 _FORGET = 0.9  # weight of a step's acceptance after one more step
 _PRIOR_WEIGHT = 4.0  # tested positions that the batch-wide acceptance counts for in a young sequence
 _HYSTERESIS = 1.02  # a different k must promise this much more goodput
-_READING_RATE = 0.1  # of the moving average of what a token that the draft catches up on costs
-_OUTPUT_RATE = 1 / 256  # of the moving average of how far outputs have come, per sequence and step
-_OUTPUT_PRIOR = 64.0  # tokens
-_FRESH_OUTPUT = 8.0  # tokens that any output is expected to have; later, twice as many as it has by then
-_REST = 8  # steps for which a refusal stands: while nothing is drafted, the choice is all that speculation costs
+_FIRST_PROBE, _LAST_PROBE = 32, 512  # steps without speculation before one token is tried again
 
 
 @dataclass(slots=True)
@@ -66,89 +61,37 @@ class LengthController:
         self._last_k = 1
         self._promised = 0.0  # tokens a second that the last choice promised
         self._token_seconds = 0.0  # what verifying one token more costs
-        self._is_trial = False
-        self._batch = 0  # of the last choice
-        self._rest = 0  # steps of that size for which it stands
-        self._ledgers: dict[int, Ledger] = {}  # by size class: what fails in a large batch may pay in a small one
-        self._ledger = Ledger()  # of the last choice's batch
-        self._token_worth = 0.0  # seconds that a token takes without drafting, in the last choice's batch
-        self._reading_seconds: float | None = None  # of a token that the draft catches up on
-        self._output_tokens = _OUTPUT_PRIOR  # of a sequence so far, on average, which is as many as are still to come
+        self._idle_steps = 0
+        self._probe_after = _FIRST_PROBE
 
     def observe(self, state: SequenceState, num_accepted: int, num_drafted: int) -> None:
         state.acceptance.setdefault(self.name, Acceptance()).observe(num_accepted, num_drafted)
         self._overall.observe(num_accepted, num_drafted)
-        self._ledger.credit(num_accepted * self._token_worth)
+        if num_accepted:
+            self._probe_after = _FIRST_PROBE
 
-    def observe_proposal(self, batch: int, num_drafted: int, seconds: float) -> None:
-        """What a proposal took as a whole, without catching up, and how much it leaves to verify."""
-        more = self.target_cost.estimate(batch + num_drafted) - self.target_cost.estimate(batch)
-        self._ledger.charge(seconds + max(more, 0.0))
-
-    def observe_passes(self, num_sequences: int, num_passes: int, seconds: float) -> None:
-        """The same of a draft model: where a pass is short, what lies around it decides whether drafting pays."""
+    def observe_proposal(self, num_sequences: int, num_passes: int, seconds: float) -> None:
+        """What a proposal took as a whole. Where a pass is short, what lies around it decides whether drafting pays."""
         if self.draft_cost is not None:
             passes = num_passes * self.draft_cost.estimate(num_sequences)
             self._around_passes.observe(num_sequences, max(seconds - passes, 1e-6))
 
-    def observe_reading(self, num_tokens: int, seconds: float) -> None:
-        """A pass in which the draft caught up on so many tokens. It is an outlay for all that follows, unless nothing
-        is expected to follow."""
-        each, old = seconds / num_tokens, self._reading_seconds
-        self._reading_seconds = each if old is None else old + _READING_RATE * (each - old)
-        if self._is_trial:
-            self._ledger.charge(seconds)
-
-    def is_worth_reading(self, num_tokens: int, num_output_tokens: int) -> bool:
-        """Whether what drafting saves on the tokens that a sequence may still emit pays for catching up first.
-
-        Those are as many as outputs have on average, but no more than it has shown by its own length: an answer of
-        three words to a page costs a draft that reads the page more than it can save.
-        """
-        if self._is_trial or self.draft_cost is None or self._promised <= 0.0:
-            return True
-        each = self._reading_seconds
-        cost = self.draft_cost.estimate(num_tokens) if each is None else num_tokens * each
-        remaining = min(self._output_tokens, _FRESH_OUTPUT + 2.0 * num_output_tokens)
-        return cost <= remaining * (self._token_worth - 1.0 / self._promised)
-
     def choose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """k per sequence, at most limits[i]."""
-        best_k = self._decide(states, limits)
-        if best_k <= 1 or len(states) == 1:  # for one sequence best_k is its own
+        rates = [self.rate(state) for state in states]
+        best_k = self._best(rates, limits)
+        if best_k == 0:
+            return self._probe(limits)
+        if len(states) == 1:  # best_k is its own
             return [min(best_k, limit) for limit in limits]
         worth = self.token_price
-        rates = [self.rate(state) for state in states]
         return [_trim(rate, min(best_k, limit), worth) for rate, limit in zip(rates, limits, strict=True)]
 
     def allow(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """The same for a proposer that decides at every token whether it goes on (`token_price`, `pass_price`): the
         limit where drafting pays."""
-        best_k = self._decide(states, limits)
-        most = 1 if self._is_trial else max(limits, default=0)
-        return [min(most, limit) if best_k > 0 else 0 for limit in limits]
-
-    def _decide(self, states: Sequence[SequenceState], limits: Sequence[int]) -> int:
-        """The k that promises most; 0 while drafting pauses; 1 to try it where it promises nothing."""
-        if not any(limits):
-            return 0
-        batch = len(states)
-        if self._rest > 0 and batch == self._batch:
-            self._rest -= 1
-            return 0
-        for state in states:
-            self._output_tokens += _OUTPUT_RATE * (state.num_output_tokens - self._output_tokens)
-        best_k = self._best([self.rate(state) for state in states], limits)
-        plain_seconds = self.target_cost.estimate(batch)
-        self._batch, self._token_worth, self._is_trial = batch, plain_seconds / batch, best_k == 0
-        self._ledger = self._ledgers.setdefault(size_class(batch), Ledger())
-        if not self._ledger.is_open(plain_seconds, is_promising=best_k > 0):
-            self._rest = self._ledger.skip(plain_seconds, _REST)
-            return 0
-        self._rest = 0
-        if self._is_trial:
-            self._promised = 0.0  # at no price: its tokens are to be seen
-        return max(best_k, 1)
+        is_on = self._best([self.rate(state) for state in states], limits) > 0
+        return list(limits) if is_on else self._probe(limits)
 
     @property
     def token_price(self) -> float:
@@ -164,13 +107,17 @@ class LengthController:
 
     def _best(self, rates: Sequence[float], limits: Sequence[int]) -> int:
         """The k that promises most, 0 if drafting loses."""
-        longest = max(limits)
+        longest = max(limits, default=0)
+        if longest == 0:
+            return 0
         goodputs = [self._goodput(rates, limits, k) for k in range(longest + 1)]
         best_k = max(range(longest + 1), key=goodputs.__getitem__)
         stay = min(self._last_k, longest)
         if goodputs[best_k] <= _HYSTERESIS * goodputs[stay]:
             best_k = stay
         self._last_k, self._promised = best_k, goodputs[best_k]
+        if best_k > 0:
+            self._idle_steps = 0
         # over the whole range: between neighbouring sizes it is a difference of nearly equal, noisy numbers
         batch = len(rates)
         more = self.target_cost.estimate(batch * (longest + 1)) - self.target_cost.estimate(batch)
@@ -190,6 +137,17 @@ class LengthController:
         if self.draft_cost is not None and k > 0:
             seconds += k * self.draft_cost.estimate(len(rates)) + self._around_passes.estimate(len(rates))
         return tokens / max(seconds, 1e-9)
+
+    def _probe(self, limits: Sequence[int]) -> list[int]:
+        """Mostly nothing; now and then one token each, to notice that drafting has become worth while."""
+        if not any(limits):
+            return [0] * len(limits)
+        self._idle_steps += 1
+        if self._idle_steps < self._probe_after:
+            return [0] * len(limits)
+        self._idle_steps = 0
+        self._probe_after = min(2 * self._probe_after, _LAST_PROBE)
+        return [min(1, limit) for limit in limits]
 
 
 def _trim(rate: float, k: int, worth: float) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -38,14 +37,12 @@ class NgramProposer:
         self.length = length
 
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
-        begun = time.perf_counter()
         if self.length is not None:
             limits = self.length.choose(states, limits)
-        result = tuple(self._propose_one(state, limit) for state, limit in zip(states, limits, strict=True))
-        if self.length is not None and any(limits):
-            num_drafted = sum(len(proposal.token_ids) for proposal in result)
-            self.length.observe_proposal(len(states), num_drafted, time.perf_counter() - begun)
-        return Proposal(result, torch.empty(0, self.vocab_size))
+        return Proposal(
+            tuple(self._propose_one(state, limit) for state, limit in zip(states, limits, strict=True)),
+            torch.empty(0, self.vocab_size),
+        )
 
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
         if self.length is not None:

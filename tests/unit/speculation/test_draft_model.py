@@ -134,31 +134,6 @@ def test_sureness_is_the_largest_probability() -> None:
             assert sure == pytest.approx(float(expected.max()), rel=1e-4)
 
 
-class Reluctant(FixedPrice):
-    """Reads at most so many tokens."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__(0.0)
-        self.most = most
-
-    def is_worth_reading(self, num_tokens: int, num_output_tokens: int) -> bool:
-        return num_tokens <= self.most
-
-
-def test_a_prompt_not_worth_reading_is_left_and_read_when_it_is() -> None:
-    """Its neighbours draft; later it drafts from all of its tokens."""
-    proposer, states, model = draft(), make_states(PROMPTS, PARAMS), plain()
-    length = proposer.length = Reluctant(most=8)
-    proposal = proposer.propose(states, LIMITS)
-    assert [len(own.token_ids) > 0 for own in proposal.sequences] == [True, True, False, True, False]
-    assert [state.num_draft_computed for state in states] == [7, 1, 0, 3, 0]
-    advance(states, proposal, proposer, random.Random(0))
-    length.most = 100
-    proposal = proposer.propose(states, LIMITS)
-    assert [len(own.token_ids) for own in proposal.sequences] == LIMITS
-    assert_q_is_exact(proposal, states, model)
-
-
 @pytest.mark.parametrize("max_catch_up", [1, 3, 7, 20])
 def test_catching_up_in_chunks_drafts_late_but_exactly(max_catch_up: int) -> None:
     """Only what fits the budget is run; nobody drafts before all of its tokens have been; q is exact when it does."""

@@ -139,7 +139,7 @@ def test_what_lies_around_the_passes_counts_once_for_any_k() -> None:
     for around in (0.0, 0.5):
         controller = LengthController("draft", flat(1.0), flat(0.05))
         for _ in range(20):
-            controller.observe_passes(1, 4, 4 * 0.05 + around)
+            controller.observe_proposal(1, 4, 4 * 0.05 + around)
         chosen += controller.choose([sequence(0.35)], [4])
     assert chosen[0] > 0
     assert chosen[1] == 0
@@ -160,64 +160,22 @@ def test_hysteresis_keeps_k_in_both_directions() -> None:
             assert chosen == [others if stays else better], (better, advantage)
 
 
-def chosen_ks(controller: LengthController, steps: int, *, accepted: bool, seconds: float, batch: int = 1) -> list[int]:
-    """k of the first sequence in each of so many steps, all of whose proposals take `seconds` and fare alike."""
-    states = [sequence(None) for _ in range(batch)]
-    chosen = []
-    for _ in range(steps):
-        ks = controller.choose(states, [4] * batch)
-        chosen.append(ks[0])
-        if any(ks):
-            controller.observe_proposal(batch, sum(ks), seconds)
-            for state, k in zip(states, ks, strict=True):
-                controller.observe(state, k if accepted else 0, k)
-    return chosen
+def test_idle_probes_come_ever_later_and_a_success_brings_them_back() -> None:
+    controller = LengthController("draft", flat(1.0), flat(1.0))
+    state = sequence(0.2)
 
+    def steps_to_probe() -> int:
+        for count in range(1, 2000):
+            chosen = controller.choose([state], [4])
+            if chosen != [0]:
+                assert chosen == [1]
+                return count
+        raise AssertionError("never probed")
 
-def test_where_nothing_is_promised_trials_cost_a_fiftieth() -> None:
-    """A useless draft at half the target's cost: once it is known, a single token ever so often."""
-    controller = LengthController("draft", flat(1.0), flat(0.5))
-    chosen_ks(controller, 100, accepted=False, seconds=0.5)
-    later = chosen_ks(controller, 5000, accepted=False, seconds=0.5)
-    assert set(later) == {0, 1}
-    assert 0.5 * sum(later) < 0.022 * len(later)
-    assert sum(later) > 30, "it does try"
-
-
-def test_a_trial_that_succeeds_opens_drafting() -> None:
-    controller = LengthController("draft", flat(1.0), flat(0.1))
-    chosen_ks(controller, 300, accepted=False, seconds=0.4)
-    after = chosen_ks(controller, 600, accepted=True, seconds=0.4)
-    assert after[-1] == 4
-    assert after[-200:] == [4] * 200
-
-
-def test_a_promise_that_is_not_kept_closes_drafting() -> None:
-    """Proposals take five times what their passes do, which no estimate contains: the account shows it."""
-    controller = LengthController("draft", flat(1.0), flat(0.05))
-    ks = [k for k in chosen_ks(controller, 3000, accepted=False, seconds=1.0) if k]
-    assert len(ks) < 100
-
-
-def test_what_fails_in_a_large_batch_may_pay_in_a_small_one() -> None:
-    controller = LengthController("draft", cost(_1=1.0, _16=1.0, _512=100.0), flat(0.01))
-    assert 0 in chosen_ks(controller, 50, accepted=True, seconds=100.0, batch=16)
-    assert chosen_ks(controller, 50, accepted=True, seconds=0.04) == [4] * 50
-
-
-def test_reading_must_pay() -> None:
-    """A draft that has a prompt to catch up on, for outputs that end after about 64 tokens."""
-    controller = LengthController("draft", flat(1.0), flat(0.05))
-    assert controller.choose([sequence(0.8)], [4])[0] > 0
-    controller.observe_reading(100, 1.0)  # a hundredth of a plain step each
-    assert controller.is_worth_reading(1000, 60)
-    assert not controller.is_worth_reading(10_000, 60)
-    assert controller.is_worth_reading(200, 0)
-    assert not controller.is_worth_reading(1000, 0), "the answer may be short"
-    short = SequenceState([1] * 4, 1, SamplingParams(), key=0)
-    for _ in range(2000):
-        controller.choose([short], [4])  # outputs end after a few tokens
-    assert not controller.is_worth_reading(1000, 60)
+    waits = [steps_to_probe() for _ in range(7)]
+    assert waits == [32, 64, 128, 256, 512, 512, 512]
+    controller.observe(state, 1, 1)
+    assert steps_to_probe() == 32
 
 
 def test_steps_in_which_nobody_may_draft_change_nothing() -> None:
@@ -227,6 +185,7 @@ def test_steps_in_which_nobody_may_draft_change_nothing() -> None:
     for _ in range(100):
         assert controller.choose([sequence(0.95)] * 2, [0, 0]) == [0, 0]
     assert controller._last_k == MAX_K
+    assert controller._idle_steps == 0
 
 
 def test_acceptance_forgets() -> None:
