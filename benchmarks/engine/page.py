@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cells import Cells, Row, measured_on
 from benchmarks.engine.forward import SAMPLERS, known_models
@@ -26,16 +27,9 @@ def write(cells: Cells, models: str, prompts: str) -> Path:
     for name in known_models(cells):
         rows = cells.find(experiment="forward", model=name)
         parts += [f"## Forward pass: {name}", measured_on(rows), _ceilings(rows), _forward(rows)]
-    if rows := cells.find(experiment="sampling"):
-        parts += ["## Sampling", measured_on(rows), _sampling(rows)]
-    if rows := cells.find(experiment="step"):
-        parts += ["## A step", measured_on(rows), _STEP, _steps(rows)]
-    if rows := cells.find(experiment="part"):
-        parts += ["## Parts", measured_on(rows), _PAIRS, _parts(rows)]
-    if rows := cells.find(experiment="speculation"):
-        parts += ["## Speculation on against off", measured_on(rows), _PAIRS, _speculation(rows)]
-    if rows := cells.find(experiment="spec_bench"):
-        parts += ["## Spec-Bench, the general draft", measured_on(rows), _SPEC_BENCH, _spec_bench(rows)]
+    for experiment, (title, *intro, render) in _SECTIONS.items():
+        if rows := cells.find(experiment=experiment):
+            parts += [f"## {title}", measured_on(rows), *intro, render(rows)]
     noisy = [row for row in cells.rows if (row.get("other_cores") or 0.0) > QUIET_CORES]
     if noisy:
         most = max(row["other_cores"] for row in noisy)
@@ -167,3 +161,13 @@ def _spec_bench(rows: Sequence[Row]) -> str:
 def _pair(row: Row) -> str:
     low, high = row["quartiles"]
     return f"{row['ratio']:.3f} ({low:.3f} to {high:.3f}, {row['cycles']} pairs)"
+
+
+_SECTIONS: dict[str, tuple[Any, ...]] = {
+    # by experiment: a title, perhaps what its numbers are, and its table
+    "sampling": ("Sampling", _sampling),
+    "step": ("A step", _STEP, _steps),
+    "part": ("Parts", _PAIRS, _parts),
+    "speculation": ("Speculation on against off", _PAIRS, _speculation),
+    "spec_bench": ("Spec-Bench, the general draft", _SPEC_BENCH, _spec_bench),
+}

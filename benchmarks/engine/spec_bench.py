@@ -58,15 +58,12 @@ def measure_spec_bench(
                 on_cell(f"Spec-Bench, {task}, temperature {temperature}: {number + 1} of {len(prompts)}")
                 ids = prompt.token_ids(models.tokenizer)[-_LONGEST_PROMPT:]
                 order = MODES if number % 2 == 0 else MODES[::-1]
-                runs = {
-                    place: _speed(engines[mode], ids, temperature, plan.benchmark_tokens)
-                    for place, mode in enumerate((PLAIN, *order, PLAIN))
-                }
-                for place, mode in enumerate(order, start=1):
-                    whole, decode = (
-                        getattr(runs[place], name) / statistics.fmean(getattr(runs[end], name) for end in (0, 3))
-                        for name in ("whole", "decode")
-                    )
+                plain, *speeds, plain_again = (
+                    _speed(engines[mode], ids, temperature, plan.benchmark_tokens) for mode in (PLAIN, *order, PLAIN)
+                )
+                for mode, speed in zip(order, speeds, strict=True):
+                    whole = speed.whole / statistics.fmean((plain.whole, plain_again.whole))
+                    decode = speed.decode / statistics.fmean((plain.decode, plain_again.decode))
                     found[mode].append((task, whole, decode))
             load.stop()
             for mode in MODES:

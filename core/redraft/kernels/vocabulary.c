@@ -27,6 +27,12 @@ INLINE void sift_down(entry *heap, long size, long at) {
 
 AVX2 static int best_first(const void *a, const void *b) { return worse(*(const entry *)b, *(const entry *)a) ? -1 : 1; }
 
+/* Where a stripe of `width` ends in a row of n; the last may be shorter. */
+INLINE long end_of(long stripe, long width, long n) {
+  long end = (stripe + 1) * width;
+  return end < n ? end : n;
+}
+
 /* The largest of a stripe of x, never NaN; `unordered` remembers the NaNs. */
 INLINE float stripe_peak(const float *x, long count, __m256 *unordered) {
   __m256 most = _mm256_set1_ps(-INFINITY);
@@ -61,7 +67,7 @@ AVX2 float largest(const float *x, long n, entry *best, long size) {
   long stripes = (n + width - 1) / width;
   __m256 unordered = _mm256_setzero_ps();
   for (long s = 0; s < stripes; s++) {
-    peaks[s] = stripe_peak(x + s * width, s * width + width < n ? width : n - s * width, &unordered);
+    peaks[s] = stripe_peak(x + s * width, end_of(s, width, n) - s * width, &unordered);
     most = peaks[s] > most ? peaks[s] : most;
   }
   if (_mm256_movemask_ps(unordered)) {
@@ -76,7 +82,7 @@ AVX2 float largest(const float *x, long n, entry *best, long size) {
   }
   for (long s = 0; s < stripes; s++) {
     if (peaks[s] < floor) continue;
-    long end = s * width + width < n ? s * width + width : n;
+    long end = end_of(s, width, n);
     for (long i = s * width; i < end; i += 8) {
       __m256 enough = _mm256_cmp_ps(load_rest(x, i, end), _mm256_set1_ps(floor), _CMP_GE_OQ);
       for (int lanes = _mm256_movemask_ps(enough); lanes; lanes &= lanes - 1) {
