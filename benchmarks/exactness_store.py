@@ -13,6 +13,7 @@ from benchmarks.exactness_cases import TEMPERATURE, TOP_P, Case, Part, ProposerK
 from benchmarks.exactness_check import TIE, Mismatch
 from benchmarks.machine import machine_line
 from benchmarks.report import table, write_page
+from redraft.files import write_file
 
 FOLDER = Path("build", "exactness")
 
@@ -169,6 +170,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: object) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, json.dumps(content, indent=1).encode())

@@ -46,8 +46,8 @@ _STEP = (
 )
 _PAIRS = "Tokens per second with over without, prefill included, run in turn: median and quartiles of the pairs."
 _SPEC_BENCH = (
-    "One stream, until end-of-text or 128 tokens: tokens per second over plain decoding, the geometric mean over "
-    "prompts (and their quartiles), prefill included; and the same behind the first token."
+    "One stream, until end-of-text or 128 tokens (8 with `--quick`): tokens per second over plain decoding, the "
+    "geometric mean over prompts (and their quartiles), prefill included; and the same behind the first token."
 )
 
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.peers.catalogue import Mode, Peer
+from benchmarks.peers.catalogue import FLOAT, Mode, Peer
 from benchmarks.peers.checkpoints import Checkpoints
 from benchmarks.peers.environments import FOLDER, Environment, llama_server, vllm_preloads
 from benchmarks.peers.worker_process import WorkerProcess
@@ -51,11 +51,13 @@ class Launcher:
             ngram_max=NGRAM_MAX,
             streams=streams,
             context=CONTEXT,
-            options=dict(mode.options),
+            options={},
         )
         python, variables = Path(sys.executable), {"OMP_NUM_THREADS": str(self.threads)}
         if peer.environment is None:
             variables["OMP_WAIT_POLICY"] = "PASSIVE"  # as redraft-server has it
+            if mode.weights != FLOAT:
+                settings.options["weights"] = mode.weights
         else:
             environment = Environment(peer.environment)
             python = environment.python

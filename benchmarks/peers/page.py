@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.cells import Cells, Row, measured_on
 from benchmarks.machine import QUIET_CORES, machine_line
-from benchmarks.peers.catalogue import PEERS, PLAIN, REDRAFT
+from benchmarks.peers.catalogue import FLOAT, PEERS, PLAIN, REDRAFT
 from benchmarks.peers.launch import NGRAM_MAX, NGRAM_MIN
 from benchmarks.report import table, write_page
 
@@ -122,7 +122,8 @@ def _goals(cells: Cells) -> str:
 
 def _best(rows: Sequence[Row], engines: Collection[str]) -> Row | None:
     """The fastest fp32 mode of these engines."""
-    own = [row for row in rows if row["engine"] in engines and not row["mode"].startswith(("int4", "q8_0", "q4_1"))]
+    modes = {(peer.name, mode.name) for peer in PEERS for mode in peer.modes if mode.weights == FLOAT}
+    own = [row for row in rows if row["engine"] in engines and (row["engine"], row["mode"]) in modes]
     return max(own, key=lambda row: row["ratio_to_plain"], default=None)
 
 

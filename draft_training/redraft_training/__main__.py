@@ -9,6 +9,7 @@ from redraft_training.commands.data import dataset, settings
 from redraft_training.commands.evaluate import evaluate, publish, report
 from redraft_training.commands.init import init
 from redraft_training.commands.quantise import quantise
+from redraft_training.commands.registry import registry
 from redraft_training.commands.sweep import sweep
 from redraft_training.commands.traffic import traffic
 from redraft_training.commands.train import distill
@@ -33,6 +34,7 @@ def _main() -> None:
 
 for command in (init, run, loop, dataset, distill, quantise, evaluate, publish, report, sweep, settings):
     app.command()(command)
+app.add_typer(registry)
 app.add_typer(traffic)
 
 

@@ -1,6 +1,6 @@
 """redraft: its server, over gRPC on loopback, as llama.cpp's is over HTTP. Runs in the project's own environment.
 
-`options`: `flags`, further ones of `redraft-server`.
+`options`: `weights` of the target, if not float32.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class RedraftServer:
         }
         if settings.draft is not None:
             values["model.draft"] = settings.draft
+        if "weights" in settings.options:
+            values["model.weights"] = settings.options["weights"]
         flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-        extra = settings.options.get("flags", ())
-        self._server = ServerProcess([*flags, *extra], start_timeout_s=_START_TIMEOUT_S)
+        self._server = ServerProcess(flags, start_timeout_s=_START_TIMEOUT_S)
         self._server.__enter__()
         self._runner = asyncio.Runner()
         self._client = self._runner.run(self._connect())

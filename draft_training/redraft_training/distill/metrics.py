@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from redraft.files import write_file
 from redraft_training.distill.errors import TrainingError
 
 METRICS_FILE = "metrics.csv"
@@ -123,12 +124,11 @@ def _cells(row: MetricsRow) -> list[str]:
 
 
 def _rewrite(path: Path, rows: Iterable[MetricsRow]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        writer.writerows(_cells(row) for row in rows)
-    os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    writer.writerows(_cells(row) for row in rows)
+    write_file(path, text.getvalue().encode())
 
 
 def _tensorboard(directory: Path, last_step: int) -> Any:
