@@ -19,7 +19,7 @@ from redraft.speculation.state import SequenceState
 _FORGET = 0.9  # weight of a step's acceptance after one more step
 _PRIOR_WEIGHT = 4.0  # tested positions that the batch-wide acceptance counts for in a young sequence
 _HYSTERESIS = 1.02  # a different k must promise this much more goodput
-_FIRST_PROBE, _LAST_PROBE = 32, 512  # steps without speculation before one token is tried again
+_FIRST_PROBE, _LAST_PROBE = 32, 512  # steps in which nothing was verified before one token is tried again
 
 
 @dataclass(slots=True)
@@ -65,6 +65,7 @@ class LengthController:
         self._probe_after = _FIRST_PROBE
 
     def observe(self, state: SequenceState, num_accepted: int, num_drafted: int) -> None:
+        self._idle_steps = 0
         state.acceptance.setdefault(self.name, Acceptance()).observe(num_accepted, num_drafted)
         self._overall.observe(num_accepted, num_drafted)
         if num_accepted:
@@ -89,9 +90,16 @@ class LengthController:
 
     def allow(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """The same for a proposer that decides at every token whether it goes on (`token_price`, `pass_price`): the
-        limit where drafting pays."""
+        limit where drafting pays.
+
+        Where that decision has left nothing to verify for long, it is probed too: what it goes by is learnt from
+        verification, so it would never turn out to have become wrong.
+        """
         is_on = self._best([self.rate(state) for state in states], limits) > 0
-        return list(limits) if is_on else self._probe(limits)
+        if is_on and self._idle_steps + 1 < self._probe_after:
+            self._idle_steps += any(limits)
+            return list(limits)
+        return self._probe(limits)
 
     @property
     def token_price(self) -> float:
@@ -116,8 +124,6 @@ class LengthController:
         if goodputs[best_k] <= _HYSTERESIS * goodputs[stay]:
             best_k = stay
         self._last_k, self._promised = best_k, goodputs[best_k]
-        if best_k > 0:
-            self._idle_steps = 0
         # over the whole range: between neighbouring sizes it is a difference of nearly equal, noisy numbers
         batch = len(rates)
         more = self.target_cost.estimate(batch * (longest + 1)) - self.target_cost.estimate(batch)
@@ -139,7 +145,7 @@ class LengthController:
         return tokens / max(seconds, 1e-9)
 
     def _probe(self, limits: Sequence[int]) -> list[int]:
-        """Mostly nothing; now and then one token each, to notice that drafting has become worth while."""
+        """Mostly nothing; now and then one token each, at no price, to notice that drafting has become worth while."""
         if not any(limits):
             return [0] * len(limits)
         self._idle_steps += 1
@@ -147,6 +153,7 @@ class LengthController:
             return [0] * len(limits)
         self._idle_steps = 0
         self._probe_after = min(2 * self._probe_after, _LAST_PROBE)
+        self._token_seconds = 0.0
         return [min(1, limit) for limit in limits]
 
 

@@ -178,6 +178,30 @@ def test_idle_probes_come_ever_later_and_a_success_brings_them_back() -> None:
     assert steps_to_probe() == 32
 
 
+def test_a_probe_has_no_price() -> None:
+    """Else how sure the draft is, by what became of it before, could rule out every probe."""
+    controller = LengthController("draft", linear(1.0), flat(1.0))
+    state = sequence(0.2)
+    while controller.allow([state], [4]) == [0]:
+        assert controller.token_price > 0.5
+    assert controller.token_price == 0.0
+    assert controller.allow([state], [4]) == [0]
+    assert controller.token_price > 0.5
+
+
+def test_a_draft_that_always_stops_at_once_is_probed() -> None:
+    """Drafting pays by the rate, but nothing is drafted for lack of sureness, so neither would ever change."""
+    controller = LengthController("draft", cost(_1=1.0, _64=4.0), flat(0.01))
+    state = sequence(0.8)
+    for wait in (32, 64):
+        assert [controller.allow([state], [4]) for _ in range(wait)] == [[4]] * (wait - 1) + [[1]]
+        assert controller.token_price == 0.0
+    for _ in range(100):
+        controller.observe(state, 1, 2)
+        assert controller.allow([state], [4]) == [4]
+        assert controller.token_price > 0.0
+
+
 def test_steps_in_which_nobody_may_draft_change_nothing() -> None:
     """A batch in prefill is no sign that drafting does not pay."""
     controller = LengthController("draft", flat(1.0), flat(0.001))
