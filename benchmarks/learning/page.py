@@ -21,7 +21,7 @@ _COLUMNS = (
     "mean_acceptance_length_sampled",
 )
 _HEADER = ("α, T = 0", "acceptance", "length", "α, T = 0.7", "acceptance", "length")
-_SPEED_HEADER = ("T = 0: ratio", "tokens/s", "without", "T = 0.7: ratio", "tokens/s", "without")
+_SPEED_HEADER = ("T = 0: ratio", "tokens/s", "without", "T = 0.7: ratio", "tokens/s", "without", "machine")
 _SEEDED = {
     "captured": "Captured labels against a re-run target",
     "ablation": "Objectives, a newborn draft",
@@ -41,7 +41,9 @@ def write(bench: Bench) -> None:
         f"Evaluation prompts, served by the target at temperature 0 (α, acceptance rate and mean acceptance length at "
         f"k = {K}: exactly what the server does, token for token) and at 0.7 with top-p 0.95 (α teacher-forced, the "
         "other two predicted from it). CPU s: processor time of the training, on one core that other jobs shared. "
-        "Results are kept from run to run; the machine named above is the last one's."
+        "Results are kept from run to run; the machine named above is the last one's. Cycles, drift, learning rates "
+        "and the objectives of the draft of day 0 began with the *first general* draft, the one that came with the "
+        "package before the present one, `general` (docs/drafts.md)."
     ]
     if found := by_experiment.get("domains"):
         parts += [
@@ -67,11 +69,11 @@ def write(bench: Bench) -> None:
 
 
 def _domain_rows(found: dict[str, Any]) -> list[list[str]]:
-    order = {"pruned": 0, "general": 1}
+    order = {"pruned": 0, "general": 1, "first general": 2}
 
     def place(key: str) -> tuple[str, int]:
         domain, _, draft = key.partition("/")
-        return domain, order[draft] if draft in order else 1 + int(draft.split()[-1])
+        return domain, order[draft] if draft in order else len(order) + int(draft.split()[-1])
 
     return [[key, *_numbers(found[key]), *_cost(found[key])] for key in sorted(found, key=place)]
 
@@ -115,14 +117,14 @@ def _numbers(judged: dict[str, float]) -> list[str]:
 
 
 def _speed(measured: dict[str, Any]) -> list[str]:
-    """Ratio, tokens/s with the draft and without, greedy and sampled."""
+    """Ratio, tokens/s with the draft and without, greedy and sampled, and the machine."""
     shown = []
     for kind in ("greedy", "sampled"):
         found = measured[kind]
         low, high = found["quartiles"]
         shown += [f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"]
         shown += [f"{found[name]:.1f}" for name in ("tokens_per_s", "tokens_per_s_off")]
-    return shown
+    return [*shown, measured["machine"]]
 
 
 def _mean(values: list[dict[str, float]], column: str) -> float:

@@ -10,6 +10,7 @@ from benchmarks.engine.alternate import Run, alternate
 from benchmarks.engines import SharedModel, generate, running_engine
 from benchmarks.learning.bench import FOLDER, Bench
 from benchmarks.learning.experiments import CYCLES, DOMAINS, FAR_PAIRS, LONG_CYCLES, LONG_DOMAINS
+from benchmarks.machine import processor
 from benchmarks.prompts import load_domain
 from redraft.models.ref import ModelRef
 from redraft.models.tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +37,8 @@ def speed(bench: Bench, data: Path, general: ModelRef, pruned: ModelRef) -> None
     for domain in DOMAINS:
         for name, draft in {**drafts, **_trained(domain)}.items():
             if bench.known(f"speed/{domain}/{name}") is None:
-                bench.keep(f"speed/{domain}/{name}", _measure(target, tokenizer, draft, data, domain))
+                measured = _measure(target, tokenizer, draft, data, domain)
+                bench.keep(f"speed/{domain}/{name}", {**measured, "machine": processor()})
 
 
 def _trained(domain: str) -> Mapping[str, ModelRef]:

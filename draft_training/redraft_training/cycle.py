@@ -18,7 +18,7 @@ from typing import Any
 from redraft.errors import RedraftError
 from redraft.files import write_file
 from redraft.models.ref import ModelRef
-from redraft.registry.errors import CurrentChanged, RegistryUnavailable, WrongTarget
+from redraft.registry.errors import CurrentChanged, RegistryError, RegistryUnavailable, WrongTarget
 from redraft.registry.manifest import check_target
 from redraft.registry.store import DraftRegistry
 from redraft_training.cycle_data import Attempts, forget_erased, gather, replay_settings
@@ -171,7 +171,7 @@ class _Cycle:
 
     def _identity(self) -> dict[str, Any]:
         """Settings that decide the result."""
-        values: dict[str, Any] = self._settings.model_dump(mode="json", exclude={"work_dir", "distill"})
+        values: dict[str, Any] = self._settings.model_dump(mode="json", exclude={"work_dir", "keep_drafts", "distill"})
         del values["data"]["min_new_tokens"]  # decides when, not what
         return {**values, "distill": self._settings.distill.identity()}
 
@@ -187,8 +187,19 @@ class _Cycle:
             except DatasetUnreadable as error:
                 self._say(f"this cycle's traffic will not be replayed: {error}")
         comparison = self._comparison()
+        self._prune()
         workspace.finish()
         return CycleResult(Outcome(result["outcome"]), result["reason"], result["version"], comparison, workspace.last)
+
+    def _prune(self) -> None:
+        """Keep the registry bounded. If that fails, the cycle has succeeded all the same: the next one tries again."""
+        if self._settings.keep_drafts is None:
+            return
+        try:
+            if deleted := self._registry.prune(self._settings.keep_drafts):
+                self._say(f"deleted {len(deleted)} old drafts from the registry")
+        except RegistryError as error:
+            self._say(f"no old drafts were deleted: {error}")
 
     # -- stages ----------------------------------------------------------------------------------------------
 

@@ -87,6 +87,9 @@ class CycleSettings(BaseModel):
     teacher: Literal["captured", "rerun"] = "captured"
     """captured: labels kept when the traffic was served. rerun: run the target again over the text, where they are not
     enough; needed for a log that was written without them."""
+    keep_drafts: Annotated[int, Field(ge=1)] | None = 20
+    """The newest published drafts stay in the registry when a cycle ends, and as many refused ones. Never deleted: the
+    current draft, the one before it, and the last that a server promoted. null: all stay."""
     num_speculative_tokens: Annotated[int, Field(ge=1, le=64)] = 4
     """k that the mean acceptance length is stated for."""
     data: DataSettings = DataSettings()

@@ -61,7 +61,7 @@ def pin(
 ) -> None:
     """Hold the registry at a draft: every server takes it at once, and nothing is tried until `unpin`.
 
-    Training may go on meanwhile, but publishes nothing.
+    Training may go on meanwhile: what it publishes is stored, and stays where it is.
 
         redraft-train registry pin --registry drafts
     """
@@ -117,7 +117,7 @@ def prune(
 ) -> None:
     """Delete old drafts: all but the newest, the current one, the proven one and the one before the current.
 
-    Nothing else deletes from a registry, so give this to a scheduler.
+    A training cycle does so at its end (setting keep_drafts); this is for a registry that is full now.
 
         redraft-train registry prune --registry s3://bucket/drafts --keep 20
     """

@@ -15,11 +15,13 @@ from redraft.models.loader import load_model
 from redraft.models.ref import ModelKind, ModelRef
 from redraft.registry.errors import RegistryUnavailable
 from redraft.registry.manifest import DraftState
+from redraft.registry.store import DraftRegistry
 from redraft_training import cycle
 from redraft_training.cycle import Outcome, run_cycle
 from redraft_training.cycle_state import WorkDirBusy, Workspace
 from redraft_training.evaluate import charts
 from redraft_training.evaluate.comparison import Comparison
+from tests.unit.registry.fakes import Drafts
 from tests.unit.training.cycle_runs import Site
 
 
@@ -203,3 +205,25 @@ def test_nothing_is_needed_but_what_is_named(site: Site) -> None:
     with pytest.raises(RedraftError, match="registry is not set: give --registry"):
         run_cycle(settings)
     assert not (site.root / "work").exists()
+
+
+def test_a_cycle_leaves_the_registry_bounded(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts = Drafts(site.registry, tmp_path / "made")
+    for version in ("r1", "r2", "r3"):
+        drafts.refuse(version)
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftRegistry, "prune", lambda *_: (_ for _ in ()).throw(RegistryUnavailable("no such store")))
+        result = run_cycle(site.settings("keep_drafts=1"), say=said.append)
+    assert result.outcome is Outcome.PUBLISHED  # all the same
+    assert said[-1] == "no old drafts were deleted: no such store"
+    assert set(site.registry.refused_versions()) == {"r1", "r2", "r3"}
+
+    site.log(40, seed=3)
+    said.clear()
+    second = run_cycle(site.settings("keep_drafts=1"), say=said.append)  # whatever the gate says of it
+    assert said[-1].endswith("old drafts from the registry")
+    published, refused = set(site.registry.versions()), set(site.registry.refused_versions())
+    assert len(refused) == 1
+    assert {result.version, second.version} <= published | refused
+    assert result.version in published
