@@ -13,6 +13,8 @@ from dataclasses import dataclass
 _BINS = 20  # of the largest probability
 _FORGET = 0.999  # weight of an observation after one more of any kind
 _PRIOR_WEIGHT = 8.0  # observations that the draft's own word counts for
+_FORGET_SEEN = 0.995
+_MAX_WEIGHT = 1e6
 
 
 @dataclass(slots=True)
@@ -20,6 +22,7 @@ class _Bin:
     accepted: float = 0.0
     tested: float = 0.0
     when: int = 0  # number of observations made when the two were right
+    seen: float = 0.0  # positions of this sureness, drafted or not, by a weight that grows
 
     def forget_until(self, now: int) -> None:
         kept = _FORGET ** (now - self.when)
@@ -32,12 +35,35 @@ class Confidence:
     def __init__(self) -> None:
         self._bins = [_Bin() for _ in range(2 * _BINS)]
         self._now = 0
+        self._weight = 1.0  # of the next position seen; it grows where the others should shrink
 
     def rate(self, sureness: float, *, greedy: bool) -> float:
         """Chance of a token to be accepted, given that those before it were."""
         found = self._bin(sureness, greedy)
         found.forget_until(self._now)
         return (found.accepted + _PRIOR_WEIGHT * sureness) / (found.tested + _PRIOR_WEIGHT)
+
+    def see(self, sureness: float, *, greedy: bool) -> None:
+        """A position that the draft has run to, whether its token is worth verifying or not."""
+        self._bin(sureness, greedy).seen += self._weight
+        self._weight /= _FORGET_SEEN
+        if self._weight > _MAX_WEIGHT:
+            for each in self._bins:
+                each.seen /= self._weight
+            self._weight = 1.0
+
+    def surplus(self, price: float) -> float:
+        """Tokens that a position brings on average beyond its price, drafted only where it is worth that; 1 if nothing
+        was seen yet."""
+        total = sum(each.seen for each in self._bins)
+        if total == 0.0:
+            return 1.0
+        worth = 0.0
+        for index, each in enumerate(self._bins):
+            if each.seen > 0.0:
+                sureness, greedy = (index % _BINS + 0.5) / _BINS, index >= _BINS
+                worth += each.seen * max(self.rate(sureness, greedy=greedy) - price, 0.0)
+        return worth / total
 
     def observe(self, sureness: Sequence[float], num_accepted: int, *, greedy: bool) -> None:
         """What became of a sequence's drafted tokens; those behind a rejected one were not tested."""

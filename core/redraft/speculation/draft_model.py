@@ -98,10 +98,12 @@ class DraftModelProposer:
         """Whether the next token's chance, known before it is drawn, pays for its verification."""
         if self.length is None:
             return True
-        chance = draft.survival * self.length.confidence.rate(sureness, greedy=draft.is_greedy)
-        if chance < self.length.token_price:
+        self.length.confidence.see(sureness, greedy=draft.is_greedy)
+        chance = self.length.confidence.rate(sureness, greedy=draft.is_greedy)
+        if draft.survival * chance < self.length.token_price:
+            self.length.observe_dropped(draft.state, chance, draft.survival, is_first=not draft.tokens)
             return False
-        draft.survival = chance
+        draft.survival *= chance
         draft.sureness.append(sureness)
         return True
 

@@ -19,6 +19,7 @@ from redraft.speculation.state import SequenceState
 _FORGET = 0.9  # weight of a step's acceptance after one more step
 _PRIOR_WEIGHT = 4.0  # tested positions that the batch-wide acceptance counts for in a young sequence
 _HYSTERESIS = 1.02  # a different k must promise this much more goodput
+_LEAST_REACH = 2  # drafted tokens per sequence over which the price of one is taken
 _FIRST_PROBE, _LAST_PROBE = 32, 512  # steps in which nothing was verified before one token is tried again
 
 
@@ -32,6 +33,12 @@ class Acceptance:
     def observe(self, num_accepted: int, num_drafted: int) -> None:
         self.accepted = _FORGET * self.accepted + num_accepted
         self.tested = _FORGET * self.tested + min(num_accepted + 1, num_drafted)
+
+    def expect(self, chance: float, weight: float, *, is_first: bool) -> None:
+        """A token that was not drafted, taken for what would have become of it on average; `is_first` of its step."""
+        kept = _FORGET if is_first else 1.0  # the step's drafted tokens will be observed
+        self.accepted = kept * self.accepted + weight * chance
+        self.tested = kept * self.tested + weight
 
     def rate(self, prior: float) -> float:
         rate = (self.accepted + _PRIOR_WEIGHT * prior) / (self.tested + _PRIOR_WEIGHT)
@@ -68,8 +75,12 @@ class LengthController:
         self._idle_steps = 0
         state.acceptance.setdefault(self.name, Acceptance()).observe(num_accepted, num_drafted)
         self._overall.observe(num_accepted, num_drafted)
-        if num_accepted:
-            self._probe_after = _FIRST_PROBE
+
+    def observe_dropped(self, state: SequenceState, chance: float, survival: float, *, is_first: bool) -> None:
+        """A token that was not worth its price: `chance` to be accepted if those before it are, which has probability
+        `survival`. Without it, rates would be those of the tokens that the draft is sure of, and promise too much."""
+        for acceptance in (state.acceptance.setdefault(self.name, Acceptance()), self._overall):
+            acceptance.expect(chance, survival, is_first=is_first)
 
     def observe_proposal(self, num_sequences: int, num_passes: int, seconds: float) -> None:
         """What a proposal took as a whole. Where a pass is short, what lies around it decides whether drafting pays."""
@@ -83,6 +94,7 @@ class LengthController:
         best_k = self._best(rates, limits)
         if best_k == 0:
             return self._probe(limits)
+        self._probe_after = _FIRST_PROBE
         if len(states) == 1:  # best_k is its own
             return [min(best_k, limit) for limit in limits]
         worth = self.token_price
@@ -90,16 +102,24 @@ class LengthController:
 
     def allow(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """The same for a proposer that decides at every token whether it goes on (`token_price`, `pass_price`): the
-        limit where drafting pays.
+        limit where drafting pays. The price of time is what the batch gets done in it otherwise, as in Dinkelbach's
+        method for ratios (1967).
 
         Where that decision has left nothing to verify for long, it is probed too: what it goes by is learnt from
         verification, so it would never turn out to have become wrong.
         """
-        is_on = self._best([self.rate(state) for state in states], limits) > 0
+        rates = [self.rate(state) for state in states]
+        is_on = any(limits) and (self._best(rates, limits) > 0 or self._is_worth_picking(len(states)))
         if is_on and self._idle_steps + 1 < self._probe_after:
-            self._idle_steps += any(limits)
+            self._idle_steps += 1
+            self._probe_after = _FIRST_PROBE
             return list(limits)
         return self._probe(limits)
+
+    def _is_worth_picking(self, num_sequences: int) -> bool:
+        """Whether a pass pays of which only the tokens are verified that are worth it, where any fixed k loses."""
+        around = self._promised * self._around_passes.estimate(num_sequences) / num_sequences
+        return self.confidence.surplus(self.token_price) > self.pass_price(num_sequences) + around
 
     @property
     def token_price(self) -> float:
@@ -124,10 +144,10 @@ class LengthController:
         if goodputs[best_k] <= _HYSTERESIS * goodputs[stay]:
             best_k = stay
         self._last_k, self._promised = best_k, goodputs[best_k]
-        # over the whole range: between neighbouring sizes it is a difference of nearly equal, noisy numbers
-        batch = len(rates)
-        more = self.target_cost.estimate(batch * (longest + 1)) - self.target_cost.estimate(batch)
-        self._token_seconds = max(more, 0.0) / (batch * longest)
+        # over some range: between neighbouring sizes it is a difference of nearly equal, noisy numbers
+        batch, reach = len(rates), min(max(best_k, _LEAST_REACH), longest)
+        more = self.target_cost.estimate(batch * (reach + 1)) - self.target_cost.estimate(batch)
+        self._token_seconds = max(more, 0.0) / (batch * reach)
         return best_k
 
     def rate(self, state: SequenceState) -> float:

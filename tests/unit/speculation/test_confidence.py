@@ -44,3 +44,23 @@ def test_what_was_learnt_long_ago_gives_way() -> None:
         confidence.observe([0.1], 0, greedy=True)
     assert low < 0.1
     assert confidence.rate(0.7, greedy=True) == pytest.approx(0.7, abs=0.01)
+
+
+def test_what_positions_bring_beyond_a_price() -> None:
+    """A quarter of the positions are sure ones, and nine in ten of those are accepted; of the others none is."""
+    confidence = Confidence()
+    assert confidence.surplus(0.9) == 1.0  # nothing seen: try
+    for index in range(2000):
+        confidence.see(0.95 if index % 4 == 0 else 0.05, greedy=True)
+        confidence.observe([0.95 if index % 2 else 0.05], int(index % 2 and index % 20 != 1), greedy=True)
+    for price, surplus in ((0.0, 0.25 * 0.9), (0.5, 0.25 * 0.4), (0.95, 0.0)):
+        assert confidence.surplus(price) == pytest.approx(surplus, abs=0.02)
+
+
+def test_positions_seen_long_ago_give_way() -> None:
+    confidence = Confidence()
+    for _ in range(1000):
+        confidence.see(0.95, greedy=True)
+    for _ in range(5000):  # far enough for the weights to be scaled down on the way
+        confidence.see(0.05, greedy=False)
+    assert confidence.surplus(0.5) < 1e-6

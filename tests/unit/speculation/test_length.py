@@ -160,7 +160,8 @@ def test_hysteresis_keeps_k_in_both_directions() -> None:
             assert chosen == [others if stays else better], (better, advantage)
 
 
-def test_idle_probes_come_ever_later_and_a_success_brings_them_back() -> None:
+def test_idle_probes_come_ever_later_until_drafting_pays_again() -> None:
+    """A token accepted is no news: under load, a good draft does not pay either."""
     controller = LengthController("draft", flat(1.0), flat(1.0))
     state = sequence(0.2)
 
@@ -175,6 +176,10 @@ def test_idle_probes_come_ever_later_and_a_success_brings_them_back() -> None:
     waits = [steps_to_probe() for _ in range(7)]
     assert waits == [32, 64, 128, 256, 512, 512, 512]
     controller.observe(state, 1, 1)
+    assert steps_to_probe() == 512
+    controller.draft_cost = flat(0.001)
+    assert controller.choose([sequence(0.9)], [4]) > [1]
+    controller.draft_cost = flat(1.0)
     assert steps_to_probe() == 32
 
 
@@ -193,13 +198,42 @@ def test_a_draft_that_always_stops_at_once_is_probed() -> None:
     """Drafting pays by the rate, but nothing is drafted for lack of sureness, so neither would ever change."""
     controller = LengthController("draft", cost(_1=1.0, _64=4.0), flat(0.01))
     state = sequence(0.8)
-    for wait in (32, 64):
-        assert [controller.allow([state], [4]) for _ in range(wait)] == [[4]] * (wait - 1) + [[1]]
+    for _ in range(2):
+        assert [controller.allow([state], [4]) for _ in range(32)] == [[4]] * 31 + [[1]]
         assert controller.token_price == 0.0
     for _ in range(100):
         controller.observe(state, 1, 2)
         assert controller.allow([state], [4]) == [4]
         assert controller.token_price > 0.0
+
+
+def test_tokens_that_are_dropped_count_as_what_they_would_have_become() -> None:
+    """Half of all tokens are accepted, and the draft knows which: that it drafts those only does not make it perfect."""
+    controller = LengthController("draft", flat(1.0), flat(0.01))
+    state = sequence(None)
+    for _ in range(200):
+        controller.observe(state, 1, 1)
+        controller.observe_dropped(state, 0.0, 1.0, is_first=True)
+    assert controller.rate(state) == pytest.approx(0.5, abs=0.05)
+    for _ in range(200):  # the second token, where the first will be accepted half of the time
+        controller.observe_dropped(state, 0.2, 0.5, is_first=False)
+        controller.observe(state, 0, 1)
+    assert controller.rate(state) == pytest.approx(0.1 / 1.5, abs=0.05)
+
+
+def test_a_pass_pays_if_some_of_its_tokens_do() -> None:
+    """Of eight sequences, where a verified token costs nearly as much as one of plain decoding: a token drafted for each
+    loses, and for those alone where it is almost certain it wins."""
+    batch, target = 8, cost(_8=8.0, _64=64.0 * 0.8)
+    for certain, is_on in ((0.5, True), (0.0, False)):
+        controller = LengthController("draft", target, flat(0.05))
+        for index in range(400):
+            sureness = 0.99 if index < 400 * certain else 0.1
+            controller.confidence.see(sureness, greedy=True)
+            controller.confidence.observe([sureness], int(sureness > 0.5), greedy=True)
+        states = [sequence(0.5)] * batch
+        assert controller.choose(states, [4] * batch) == [0] * batch
+        assert (controller.allow(states, [4] * batch) == [4] * batch) is is_on
 
 
 def test_steps_in_which_nobody_may_draft_change_nothing() -> None:
