@@ -208,7 +208,7 @@ def test_a_draft_that_always_stops_at_once_is_probed() -> None:
 
 
 def test_tokens_that_are_dropped_count_as_what_they_would_have_become() -> None:
-    """Half of all tokens are accepted, and the draft knows which: that it drafts those only does not make it perfect."""
+    """Half of all tokens are accepted, and the draft knows which: drafting those alone does not make it perfect."""
     controller = LengthController("draft", flat(1.0), flat(0.01))
     state = sequence(None)
     for _ in range(200):
@@ -222,8 +222,8 @@ def test_tokens_that_are_dropped_count_as_what_they_would_have_become() -> None:
 
 
 def test_a_pass_pays_if_some_of_its_tokens_do() -> None:
-    """Of eight sequences, where a verified token costs nearly as much as one of plain decoding: a token drafted for each
-    loses, and for those alone where it is almost certain it wins."""
+    """Of eight sequences, where a verified token costs nearly as much as one of plain decoding: a token drafted for
+    each loses, and for those alone where it is almost certain it wins."""
     batch, target = 8, cost(_8=8.0, _64=64.0 * 0.8)
     for certain, is_on in ((0.5, True), (0.0, False)):
         controller = LengthController("draft", target, flat(0.05))
