@@ -174,4 +174,4 @@ def _ms(seconds: float) -> float:
 
 def known_models(cells: Cells) -> Sequence[str]:
     """Models that there are passes of, in the order of measuring."""
-    return [name for name in (TARGET, DRAFT_WARM, DRAFT_COLD) if cells.is_known(experiment="forward", model=name)]
+    return [name for name in (TARGET, DRAFT_WARM, DRAFT_COLD) if cells.find(experiment="forward", model=name)]
