@@ -13,8 +13,8 @@ from dataclasses import dataclass
 _BINS = 20  # of the largest probability
 _FORGET = 0.999  # weight of an observation after one more of any kind
 _PRIOR_WEIGHT = 8.0  # observations that the draft's own word counts for
-_FORGET_SEEN = 0.995
-_MAX_WEIGHT = 1e6
+_FORGET_SEEN = 0.995  # weight of a position seen after one more
+_MAX_WEIGHT = 1e6  # of the next position, before all are scaled down
 
 
 @dataclass(slots=True)
@@ -28,6 +28,10 @@ class _Bin:
         kept = _FORGET ** (now - self.when)
         self.accepted, self.tested, self.when = self.accepted * kept, self.tested * kept, now
 
+    def rate(self, sureness: float, now: int) -> float:
+        self.forget_until(now)
+        return (self.accepted + _PRIOR_WEIGHT * sureness) / (self.tested + _PRIOR_WEIGHT)
+
 
 class Confidence:
     """Acceptance by sureness, a decayed mean per bin; without observations, the sureness itself."""
@@ -39,9 +43,7 @@ class Confidence:
 
     def rate(self, sureness: float, *, greedy: bool) -> float:
         """Chance of a token to be accepted, given that those before it were."""
-        found = self._bin(sureness, greedy)
-        found.forget_until(self._now)
-        return (found.accepted + _PRIOR_WEIGHT * sureness) / (found.tested + _PRIOR_WEIGHT)
+        return self._bin(sureness, greedy).rate(sureness, self._now)
 
     def see(self, sureness: float, *, greedy: bool) -> None:
         """A position that the draft has run to, whether its token is worth verifying or not."""
@@ -61,8 +63,8 @@ class Confidence:
         worth = 0.0
         for index, each in enumerate(self._bins):
             if each.seen > 0.0:
-                sureness, greedy = (index % _BINS + 0.5) / _BINS, index >= _BINS
-                worth += each.seen * max(self.rate(sureness, greedy=greedy) - price, 0.0)
+                middle = (index % _BINS + 0.5) / _BINS
+                worth += each.seen * max(each.rate(middle, self._now) - price, 0.0)
         return worth / total
 
     def observe(self, sureness: Sequence[float], num_accepted: int, *, greedy: bool) -> None:

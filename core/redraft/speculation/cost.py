@@ -25,6 +25,7 @@ class StepCost:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._known: list[int] = []  # its keys, ascending: estimates are asked for dozens of times a step
 
     @staticmethod
     def _size_class(size: int) -> int:
@@ -34,6 +35,7 @@ class StepCost:
         key = self._size_class(size)
         if key not in self._seconds:
             self._seconds[key] = seconds
+            self._known = sorted(self._seconds)
             return
         ratio = seconds / max(self._seconds[key], 1e-9)
         change = min(max(ratio, 1.0 / _MAX_CHANGE), _MAX_CHANGE) - 1.0
@@ -43,7 +45,7 @@ class StepCost:
 
     def estimate(self, size: int) -> float:
         """Interpolated between measured classes, proportional beyond the largest; 0 if nothing was measured."""
-        known = sorted(self._seconds)
+        known = self._known
         if not known:
             return 0.0
         at = bisect_left(known, size)

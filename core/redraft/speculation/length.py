@@ -31,14 +31,16 @@ class Acceptance:
     tested: float = 0.0
 
     def observe(self, num_accepted: int, num_drafted: int) -> None:
-        self.accepted = _FORGET * self.accepted + num_accepted
-        self.tested = _FORGET * self.tested + min(num_accepted + 1, num_drafted)
+        self._add(num_accepted, min(num_accepted + 1, num_drafted), _FORGET)
 
     def expect(self, chance: float, weight: float, *, is_first: bool) -> None:
         """A token that was not drafted, taken for what would have become of it on average; `is_first` of its step."""
         kept = _FORGET if is_first else 1.0  # the step's drafted tokens will be observed
-        self.accepted = kept * self.accepted + weight * chance
-        self.tested = kept * self.tested + weight
+        self._add(weight * chance, weight, kept)
+
+    def _add(self, accepted: float, tested: float, kept: float) -> None:
+        self.accepted = kept * self.accepted + accepted
+        self.tested = kept * self.tested + tested
 
     def rate(self, prior: float) -> float:
         rate = (self.accepted + _PRIOR_WEIGHT * prior) / (self.tested + _PRIOR_WEIGHT)
@@ -73,13 +75,13 @@ class LengthController:
 
     def observe(self, state: SequenceState, num_accepted: int, num_drafted: int) -> None:
         self._idle_steps = 0
-        state.acceptance.setdefault(self.name, Acceptance()).observe(num_accepted, num_drafted)
-        self._overall.observe(num_accepted, num_drafted)
+        for acceptance in self._acceptances(state):
+            acceptance.observe(num_accepted, num_drafted)
 
     def observe_dropped(self, state: SequenceState, chance: float, survival: float, *, is_first: bool) -> None:
         """A token that was not worth its price: `chance` to be accepted if those before it are, which has probability
         `survival`. Without it, rates would be those of the tokens that the draft is sure of, and promise too much."""
-        for acceptance in (state.acceptance.setdefault(self.name, Acceptance()), self._overall):
+        for acceptance in self._acceptances(state):
             acceptance.expect(chance, survival, is_first=is_first)
 
     def observe_proposal(self, num_sequences: int, num_passes: int, seconds: float) -> None:
@@ -118,20 +120,28 @@ class LengthController:
 
     def _is_worth_picking(self, num_sequences: int) -> bool:
         """Whether a pass pays of which only the tokens are verified that are worth it, where any fixed k loses."""
-        around = self._promised * self._around_passes.estimate(num_sequences) / num_sequences
+        around = self._tokens_in(self._around_passes.estimate(num_sequences)) / num_sequences
         return self.confidence.surplus(self.token_price) > self.pass_price(num_sequences) + around
 
     @property
     def token_price(self) -> float:
         """Tokens that the batch would emit in the time of verifying one drafted token: the least chance to be accepted
         that is worth it. Of the last choice's batch."""
-        return self._promised * self._token_seconds
+        return self._tokens_in(self._token_seconds)
 
     def pass_price(self, num_sequences: int) -> float:
         """Tokens per sequence that the batch would emit in the time of a draft pass over so many sequences."""
-        return (
-            0.0 if self.draft_cost is None else self._promised * self.draft_cost.estimate(num_sequences) / num_sequences
-        )
+        if self.draft_cost is None:
+            return 0.0
+        return self._tokens_in(self.draft_cost.estimate(num_sequences)) / num_sequences
+
+    def _tokens_in(self, seconds: float) -> float:
+        """What the batch of the last choice emits in that time: the price of it."""
+        return self._promised * seconds
+
+    def _acceptances(self, state: SequenceState) -> tuple[Acceptance, Acceptance]:
+        """The sequence's own, and everybody's."""
+        return state.acceptance.setdefault(self.name, Acceptance()), self._overall
 
     def _best(self, rates: Sequence[float], limits: Sequence[int]) -> int:
         """The k that promises most, 0 if drafting loses."""

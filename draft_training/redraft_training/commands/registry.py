@@ -23,7 +23,6 @@ registry = typer.Typer(
 )
 
 UrlOption = Annotated[str, typer.Option("--registry", help="The draft registry: a directory or an fsspec URL.")]
-_Version = Annotated[str, typer.Argument(help="Version of a draft")]
 
 
 @registry.command("list")
@@ -77,7 +76,7 @@ def unpin(url: UrlOption) -> None:
 
 
 @registry.command()
-def reinstate(url: UrlOption, version: _Version) -> None:
+def reinstate(url: UrlOption, version: Annotated[str, typer.Argument(help="Version of a draft")]) -> None:
     """Take back a roll-back, so that the draft may be activated again: `redraft drafts activate VERSION`."""
     with clean_errors():
         entry = _open(url).reinstate(version)
