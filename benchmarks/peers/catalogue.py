@@ -50,7 +50,7 @@ PEERS = (
             Mode("draft", "draft"),
             Mode("ngram", "ngram"),
             Mode("ngram+draft", "ngram+draft"),
-            # of the demo target the same function, bit for bit
+            # of the demo target the same weights
             Mode("int4 plain", "plain", "int4"),
             Mode("int4 draft", "draft", "int4"),
             Mode("int4 ngram+draft", "ngram+draft", "int4"),

@@ -20,6 +20,7 @@ from redraft.kernels.memory import aligned_empty
 LIBRARY_FILE = Path(__file__).with_name("_cpu.so")
 PANEL = 8  # outputs that are packed together
 PAIR = 2 * PANEL  # the kernels take panels two by two
+GROUP = 32  # inputs that are rounded together
 MAX_HEAD_DIM = 256
 _QUERIES_PER_ITEM = 8
 _OUT_OF_RANGE = -2
@@ -303,7 +304,7 @@ def attention_items(segments: list[tuple[int, int, int]]) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """[n, k] fp32 or int8 -> panels [n / 8, k, 8], n filled up to a multiple of 16 with zeros; 64-byte aligned."""
+    """[n, k] fp32 -> panels [n / 8, k, 8], n filled up to a multiple of 16 with zeros; 64-byte aligned."""
     n, k = weight.shape
     packed = aligned_empty(weight.dtype, -(-n // PAIR) * 2, k, PANEL)
     whole = n // PANEL
@@ -314,26 +315,40 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
+def pack_int8(values: Tensor) -> Tensor:
+    """int8 [n, k] -> panels [n / 8, groups, 256] uint8 for `LinearKind.INT8`: n is filled up to a multiple of 16 and k
+    to one of 32, with zeros; 64-byte aligned."""
+    filled = nn.functional.pad(values, (0, -values.shape[1] % GROUP))
+    return _panels(filled.view(torch.uint8).view(len(values), -1, GROUP), [])
+
+
 def pack_groups(values: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
     """A weight in groups of 32 inputs -> panels [n / 8, groups, bytes] uint8, n filled up to a multiple of 16.
 
     `values`: [n, groups, 32], uint8 below 16 with a `minimum`, int8 without. `scale`, `minimum`: float16 [n, groups].
     """
-    n, groups, size = values.shape
-    filled = (0, 0) * 2 + (0, -n % PAIR)
-    blocks = nn.functional.pad(values.view(torch.uint8), filled).view(-1, PANEL, groups, size)
-    heads = [scale] if minimum is None else [scale, minimum]
-    parts = [
-        nn.functional.pad(head.view(torch.int16), filled[2:]).view(-1, PANEL, groups).transpose(1, 2) for head in heads
-    ]
-    parts = [part.contiguous().view(torch.uint8) for part in parts]
     if minimum is None:
-        parts.append(blocks.permute(0, 2, 3, 1).flatten(2))
-    else:
-        pairs = blocks[..., 0::2] | blocks[..., 1::2] << 4  # eight steps are the four bytes of a little-endian word
-        parts.append(pairs.view(-1, PANEL, groups, size // 8, 4).permute(0, 2, 3, 1, 4).flatten(2))
-    packed = aligned_empty(torch.uint8, len(blocks), groups, sum(part.shape[-1] for part in parts))
-    torch.cat(parts, dim=-1, out=packed)
+        return _panels(values.view(torch.uint8), [scale])
+    # nibble s of word h of a run of eight inputs is input 2 s + h: each byte has two of one h
+    runs = values.view(*values.shape[:2], -1, 2, 2, 2)  # [.., run, half of a word, which nibble of its byte, h]
+    packed = runs[..., 0, :] | runs[..., 1, :] << 4  # [.., run, half, h]
+    return _panels(packed.transpose(-1, -2).flatten(2), [scale, minimum], run=4)
+
+
+def _panels(values: Tensor, heads: Sequence[Tensor], *, run: int = 2) -> Tensor:
+    """uint8 [n, groups, bytes] and two-byte heads [n, groups] -> panels: of a group the heads of all eight outputs, and
+    then by turns `run` bytes of each."""
+    n, groups, size = values.shape
+    missing = -n % PAIR
+    blocks = nn.functional.pad(values, (0, 0, 0, 0, 0, missing)).view(-1, PANEL, groups, size // run, run)
+    parts = [
+        nn.functional.pad(head.view(torch.int16), (0, 0, 0, missing)).view(-1, PANEL, groups).transpose(1, 2)
+        for head in heads
+    ]
+    bytes_of = [part.contiguous().view(torch.uint8) for part in parts]
+    bytes_of.append(blocks.permute(0, 2, 3, 1, 4).flatten(2))
+    packed = aligned_empty(torch.uint8, len(blocks), groups, sum(part.shape[-1] for part in bytes_of))
+    torch.cat(bytes_of, dim=-1, out=packed)
     return packed
 
 

@@ -1,24 +1,18 @@
 /* Linear layers: y[m, n] = x[m, k] w[n, k]^T + bias; see pool.h for what all kernels promise.
  *
- * Weights are packed in panels of 8 outputs, [n / 8] of
- *   FP32         [k][8] floats
- *   INT8         [k][8] int8; the sums are scaled once finished
- *   INT4         [k / 32] groups of: 8 fp16 scales, 8 fp16 minima, [4][8] words with 8 steps of k, 4 bits each
- *   INT8_GROUPS  [k / 32] groups of: 8 fp16 scales, [32][8] int8
- * panels 64-byte aligned. Groups stand for fp32 numbers, and give bitwise what the FP32 kernel gives over those.
+ * Float32 weights are packed in panels of 8 outputs, [n / 8][k][8], 64-byte aligned; quantised ones are integer.c's.
  *
  * What few rows cost is reading the weights, so they are read once: up to 3 rows take four panels at a time, up to
  * 6 two, 7 to 12 one. More rows take several passes over blocks of k that stay in the first-level cache, and each pass
- * fetches its share of the next block. Quantised weights are widened block by block into that cache or, for a few rows,
- * in registers (widen.c). Processors with AVX-512 do the same with wider vectors (wide.c).
+ * fetches its share of the next block. Processors with AVX-512 do the same with wider vectors (wide.c).
  */
 #include "linear.h"
 
 #include <immintrin.h>
 #include <stdlib.h>
 
+#include "integer.h"
 #include "wide.h"
-#include "widen.h"
 
 enum { WIDTH = 8, K_BLOCK = 192, ONE_PASS = 12, PAIR_ROWS = 6, QUAD_ROWS = 3, STEP_BYTES = 4 * WIDTH };
 /* bytes to fetch ahead; tried from 0 to 8192, and as pairs do it, the panels that follow */
@@ -124,9 +118,9 @@ DEFINE_QUAD(1) DEFINE_QUAD(2) DEFINE_QUAD(3)
 static int is_wide_used;
 
 /* Most rows of m in a block: one panel's sums of 12 rows fit the registers, or two panels' of 6. */
-static inline long most_rows(const linear_layer *layer, long m) {
+static inline long most_rows(long m) {
   if (is_wide_used) return WIDE_ROWS;
-  return layer->kind == LINEAR_FP32 && m <= ONE_PASS ? ONE_PASS : PAIR_ROWS;
+  return m <= ONE_PASS ? ONE_PASS : PAIR_ROWS;
 }
 
 /* x [m][k] with each block of rows transposed to [k][rows], in a buffer that only grows. NULL: memory ran out. */
@@ -166,23 +160,15 @@ static void rows_block(long rows, const float *x, const float *low, const float 
 /* Two neighbouring panels, from output 16 * pair on, for all rows. */
 static void one_pair(const linear_job *job, long pair) {
   const linear_layer *layer = job->layer;
-  long k = layer->k, n = layer->n, m = job->m, panel = 2 * pair, most = most_rows(layer, m);
-  int is_wide = layer->kind == LINEAR_FP32, in_one_pass = is_wide && m <= most;
+  long k = layer->k, n = layer->n, m = job->m, panel = 2 * pair, most = most_rows(m), in_one_pass = m <= most;
   const float *bias = layer->bias ? layer->bias + panel * WIDTH : NULL;
-  float widened[2][K_BLOCK * WIDTH] __attribute__((aligned(64)));
+  const float *low = (const float *)layer->panels + panel * k * WIDTH, *high = low + k * WIDTH;
   long block = in_one_pass ? k : K_BLOCK;
-  for (long first = 0; first < k; first += block) {
-    long steps = k - first < block ? k - first : block;
-    /* fetch the next two panels, or the next block in as many shares as there are passes; widening does so itself */
-    long pace = in_one_pass ? STEP_BYTES : is_wide ? STEP_BYTES / ((m + most - 1) / most) : 0;
-    long ahead = in_one_pass ? 2 * k * STEP_BYTES : is_wide ? steps * STEP_BYTES : 0;
-    const float *low = widened[0], *high = widened[1];
-    if (is_wide) {
-      low = (const float *)layer->panels + (panel * k + first) * WIDTH, high = low + k * WIDTH;
-    } else {
-      widen_panel(layer, panel, first, steps, widened[0]);
-      widen_panel(layer, panel + 1, first, steps, widened[1]);
-    }
+  /* fetch the next two panels, or the next block in as many shares as there are passes */
+  long pace = in_one_pass ? STEP_BYTES : STEP_BYTES / ((m + most - 1) / most);
+  for (long first = 0, steps; first < k; first += steps, low += steps * WIDTH, high += steps * WIDTH) {
+    steps = k - first < block ? k - first : block;
+    long ahead = (in_one_pass ? 2 * k : steps) * STEP_BYTES;
     for (long row = 0, rows; row < m; row += rows, ahead += pace * steps) {
       rows = next_rows(most, m - row);
       float *y = job->y + row * n + panel * WIDTH;
@@ -198,18 +184,6 @@ static void linear_item(void *arg, long item) {
   const linear_layer *layer = job->layer;
   long pair = item * job->pairs_per_item, end = pair + job->pairs_per_item;
   if (end > layer->n / (2 * WIDTH)) end = layer->n / (2 * WIDTH);
-  if (layer->kind != LINEAR_FP32 && job->m <= rows_in_registers(layer)) {
-    few_rows(layer, job->x, job->m, 2 * pair, 2 * (end - pair), job->y);
-    return;
-  }
-  if (layer->kind == LINEAR_INT8) { /* its panels stay in the first-level cache as they are */
-    for (; pair < end; pair++)
-      for (long row = 0, rows; row < job->m; row += rows) {
-        rows = next_rows(PAIR_ROWS, job->m - row);
-        few_rows(layer, job->x + row * layer->k, rows, 2 * pair, 2, job->y + row * layer->n);
-      }
-    return;
-  }
   for (; job->m <= QUAD_ROWS && pair + 1 < end; pair += 2) {
     long output = 2 * WIDTH * pair;
     sums_at at = {layer->bias ? layer->bias + output : NULL, 0, job->y + output, layer->n};
@@ -223,7 +197,8 @@ static void linear_item(void *arg, long item) {
 
 int linear_run(const linear_layer *layer, const float *x, float *y, long m) {
   if (m == 0) return 0; /* a head, when nobody wants logits */
-  const float *packed = pack_rows(x, m, layer->k, most_rows(layer, m));
+  if (layer->kind != LINEAR_FP32) return integer_run(layer, x, y, m);
+  const float *packed = pack_rows(x, m, layer->k, most_rows(m));
   if (!packed) return -1;
   long pairs = layer->n / (2 * WIDTH), items = 4 * pool_threads();
   long each = (pairs + items - 1) / items;

@@ -7,25 +7,25 @@
 /* INT8: one scale per output. INT4 and INT8_GROUPS: a scale (INT4: and a minimum) per output and 32 inputs. */
 enum { LINEAR_FP32 = 0, LINEAR_INT8 = 1, LINEAR_INT4 = 2, LINEAR_INT8_GROUPS = 3 };
 
-/* inputs of a group, and the bytes of one for a panel of 8 outputs */
-enum { GROUP = 32, INT4_BYTES = 32 + GROUP * 4, INT8_BYTES = 16 + GROUP * 8 };
+enum { GROUP = 32 }; /* inputs */
 
 typedef struct {
   long kind;            /* LINEAR_* */
-  const void *panels;   /* packed weights, see linear.c */
-  const float *scale;   /* per output, int8 only */
+  const void *panels;   /* packed weights: linear.c, integer.c */
+  const float *scale;   /* per output, INT8 only */
   const float *bias;    /* per output or NULL; n entries */
   long k, n;            /* inputs; outputs, a multiple of 16 */
 } linear_layer;
 
+/* Of a group in a panel of 8 outputs; quantised kinds. */
+static inline long group_bytes(long kind) {
+  return kind == LINEAR_INT4 ? 32 + GROUP * 4 : kind == LINEAR_INT8_GROUPS ? 16 + GROUP * 8 : GROUP * 8;
+}
+
 /* Of a panel of 8 outputs. */
 static inline long panel_bytes(const linear_layer *layer) {
-  switch (layer->kind) {
-    case LINEAR_INT4: return layer->k / GROUP * INT4_BYTES;
-    case LINEAR_INT8_GROUPS: return layer->k / GROUP * INT8_BYTES;
-    case LINEAR_INT8: return layer->k * 8;
-    default: return layer->k * 8 * (long)sizeof(float);
-  }
+  if (layer->kind == LINEAR_FP32) return layer->k * 8 * (long)sizeof(float);
+  return (layer->k + GROUP - 1) / GROUP * group_bytes(layer->kind);
 }
 
 /* A product that the pool shares out: an item is `pairs_per_item` pairs of panels. */

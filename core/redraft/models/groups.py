@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-GROUP = 32
+from redraft.kernels.library import GROUP
+
 _SAMPLE_ROWS = 16
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.kernels.decoder import LinearKind, LinearLayer
-from redraft.kernels.library import PAIR, CpuKernels, PackedWeight, fill_outputs, library, pack, pack_groups
+from redraft.kernels.library import PAIR, CpuKernels, PackedWeight, fill_outputs, library, pack, pack_groups, pack_int8
 from redraft.kernels.memory import aligned_empty
 from redraft.models.groups import Groups, groups_of
 from redraft.models.quantised import layer_linears, quantise
@@ -60,14 +60,14 @@ class Int8Linear(KernelLinear):
 
     def __init__(self, linear: nn.Linear, kernels: CpuKernels) -> None:
         values, scale = quantise(linear.weight)
-        panels, scales, bias = pack(values), fill_outputs(scale), fill_outputs(linear.bias)
+        panels, scales, bias = pack_int8(values), fill_outputs(scale), fill_outputs(linear.bias)
         super().__init__(
             PackedWeight(LinearKind.INT8, panels, linear.in_features, linear.out_features, scales, bias), kernels
         )
 
 
 class GroupLinear(KernelLinear):
-    """The weight in groups of 4 or 8 bits; computes bitwise what `NativeLinear` does with their numbers."""
+    """The weight in groups of 4 or 8 bits."""
 
     def __init__(self, linear: nn.Linear, groups: Groups, kernels: CpuKernels) -> None:
         kind = LinearKind.INT4 if groups.bits == 4 else LinearKind.INT8_GROUPS

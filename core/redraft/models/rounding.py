@@ -1,9 +1,9 @@
 """A target's weights in 8 or 4 bits: kept where the checkpoint lies on such a grid, rounded to the nearest elsewhere.
 
-Either way the result is a model of float32 numbers, the ones that the groups stand for. The kernels give bitwise the
-same on the groups as on those numbers, so a server with groups is lossless with respect to that model, and training or
-plain transformers can have it as an ordinary checkpoint. One made from a GGUF file of Q4_0, Q4_1 or Q8_0 tensors lies
-on the grid and stays the model it is; another becomes a new one, with a fingerprint of its own.
+Either way the result is a model of float32 numbers, the ones that the groups stand for, and training or plain
+transformers can have it as an ordinary checkpoint. The kernels multiply the groups by activations of 16 bits
+(`kernels/integer.c`), two digits closer to it than bfloat16 would be. One made from a GGUF file of Q4_0, Q4_1 or Q8_0
+tensors lies on the grid and stays the model it is; another becomes a new one, with a fingerprint of its own.
 
 `python -m redraft.models.rounding MODEL DIRECTORY --weights int4` writes such a model down, to train drafts for it.
 """
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from redraft.models.groups import GROUP, exact_groups, nearest_groups, remember_groups
+from redraft.kernels.library import GROUP
+from redraft.models.groups import exact_groups, nearest_groups, remember_groups
 from redraft.models.heads import output_head
 from redraft.models.quantised import layer_linears
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -12,7 +15,7 @@ _COST_RATE = 0.1  # of the moving average of step times
 _COMMON_RATE = 0.08  # as much of it is taken for a change of the machine's speed, which all sizes share
 _MAX_CHANGE = 2.0  # of one step against what was expected: a preempted step says nothing of its size
 _WARM_UP_SIZES = (1, 2, 4, 8, 16, 32)
-_WARM_UP_REPEATS = 3
+_WARM_UP_ROUNDS = 5
 
 
 class StepCost:
@@ -20,12 +23,14 @@ class StepCost:
 
     What one size turns out to cost moves the others along: contexts grow and neighbours come and go for all of them. If
     each size were on its own, one that had bad luck would look dear beside those that are not tried, and never be
-    chosen again.
+    chosen again. Nor is a pass ever dearer than one of more tokens: what says so is noise.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self._known: list[int] = []  # its keys, ascending: estimates are asked for dozens of times a step
+        # the size classes, ascending, and what is believed of them: estimates are asked for dozens of times a step
+        self._known: list[int] = []
+        self._believed: list[float] = []
 
     @staticmethod
     def _size_class(size: int) -> int:
@@ -36,26 +41,28 @@ class StepCost:
         if key not in self._seconds:
             self._seconds[key] = seconds
             self._known = sorted(self._seconds)
-            return
-        ratio = seconds / max(self._seconds[key], 1e-9)
-        change = min(max(ratio, 1.0 / _MAX_CHANGE), _MAX_CHANGE) - 1.0
-        self._seconds[key] *= (1.0 + _COST_RATE * change) / (1.0 + _COMMON_RATE * change)
-        for size_class in self._seconds:
-            self._seconds[size_class] *= 1.0 + _COMMON_RATE * change
+        else:
+            ratio = seconds / max(self._seconds[key], 1e-9)
+            change = min(max(ratio, 1.0 / _MAX_CHANGE), _MAX_CHANGE) - 1.0
+            self._seconds[key] *= (1.0 + _COST_RATE * change) / (1.0 + _COMMON_RATE * change)
+            for size_class in self._seconds:
+                self._seconds[size_class] *= 1.0 + _COMMON_RATE * change
+        falling = itertools.accumulate((self._seconds[size_class] for size_class in reversed(self._known)), min)
+        self._believed = list(falling)[::-1]
 
     def estimate(self, size: int) -> float:
         """Interpolated between measured classes, proportional beyond the largest; 0 if nothing was measured."""
-        known = self._known
+        known, believed = self._known, self._believed
         if not known:
             return 0.0
         at = bisect_left(known, size)
         if at == 0:
-            return self._seconds[known[0]]
+            return believed[0]
         if at == len(known):
-            return self._seconds[known[-1]] * size / known[-1]
+            return believed[-1] * size / known[-1]
         low, high = known[at - 1], known[at]
         share = (size - low) / (high - low)
-        return self._seconds[low] * (1 - share) + self._seconds[high] * share
+        return believed[at - 1] * (1 - share) + believed[at] * share
 
 
 def measure_cost(
@@ -65,13 +72,16 @@ def measure_cost(
 
     `run` says where a pass is run: here, or between the steps of an engine that is at work.
     """
-    cost = StepCost()
     block_ids = range(min(runner.num_blocks, -(-max(_WARM_UP_SIZES) // runner.block_size)))
-    for size in _WARM_UP_SIZES:
-        if size > len(block_ids) * runner.block_size:
-            break
-        chunk = Chunk([0] * size, 0, block_ids, size)
-        cost.observe(size, min(run(lambda chunk=chunk: _timed(runner, chunk)) for _ in range(_WARM_UP_REPEATS)))  # type: ignore[misc]
+    chunks = {size: Chunk([0] * size, 0, block_ids, size) for size in _WARM_UP_SIZES}
+    fitting = {size: chunk for size, chunk in chunks.items() if size <= len(block_ids) * runner.block_size}
+    best = dict.fromkeys(fitting, math.inf)
+    for _ in range(_WARM_UP_ROUNDS):  # one size after the other, so that a busy moment of the machine hits all
+        for size, chunk in fitting.items():
+            best[size] = min(best[size], run(functools.partial(_timed, runner, chunk)))
+    cost = StepCost()
+    for size, seconds in best.items():
+        cost.observe(size, seconds)
     return cost
 
 

@@ -185,7 +185,8 @@ def test_int8_layers_are_taken_as_they_are(name: str) -> None:
     model = built(COVERED[name])
     assert pack_linears_int8(model, head=None) == 3 * 7
     logits = in_pieces(native(runner_of(model)).forward)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    # quantised layers take activations in 16 bits
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -204,7 +205,11 @@ def test_weights_are_held_once_and_the_module_still_works_on_them(int8: bool) ->
             assert all(linear.weight_packed.panels is linear._panels for linear in row)
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
     chunks = [Chunk(IDS, 0, TABLE, len(IDS))]
-    torch.testing.assert_close(runner.forward(chunks), runner._transformers_forward(chunks), rtol=1e-4, atol=1e-4)
+    # a last bit of an activation may decide how it is rounded to 16
+    tolerance = 1e-3 if int8 else 1e-4
+    torch.testing.assert_close(
+        runner.forward(chunks), runner._transformers_forward(chunks), rtol=tolerance, atol=tolerance
+    )
 
 
 def test_a_second_runner_of_a_model_shares_its_weights_with_the_first() -> None:

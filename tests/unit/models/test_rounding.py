@@ -20,6 +20,7 @@ from redraft.models.runner import Chunk, ModelRunner
 from tests.fakes import tiny_model, tiny_tokenizer
 
 IDS = [3 + i * 7 % 60 for i in range(29)]
+ACTIVATIONS = 1e-3  # of the largest logit: what 16 bits of the activations may cost
 
 
 def save(model: PreTrainedModel, directory: Path) -> ModelRef:
@@ -52,7 +53,7 @@ def on_grid(arch: str, weights: WeightFormat, *, tied: bool | None = None) -> Pr
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize("stored", [WeightFormat.INT4, WeightFormat.INT8])
 @pytest.mark.parametrize("asked", [WeightFormat.INT4, WeightFormat.INT8])
-def test_weights_on_the_grid_stay_the_same_model_bit_for_bit(
+def test_weights_on_the_grid_stay_the_same_model(
     kernels: CpuKernels, tmp_path: Path, arch: str, stored: WeightFormat, asked: WeightFormat
 ) -> None:
     ref = save(on_grid(arch, stored), tmp_path)
@@ -63,8 +64,10 @@ def test_weights_on_the_grid_stay_the_same_model_bit_for_bit(
     kinds = [type(module) for module in runner.model.modules()]
     assert kinds.count(GroupLinear) == 2 * 7 + 1
     assert NativeLinear not in kinds
-    for pieces in (1, 5, len(IDS)):
-        assert torch.equal(run(runner, pieces), expected), f"{pieces} tokens at once"
+    ours = run(runner, len(IDS))
+    close(ours, expected)
+    for pieces in (1, 5):
+        assert torch.equal(run(runner, pieces), ours), f"{pieces} tokens at once"
 
 
 @pytest.mark.parametrize("weights", [WeightFormat.INT4, WeightFormat.INT8])
@@ -82,8 +85,15 @@ def test_other_weights_become_another_model_that_can_be_written_down(
     assert head is not None
     assert (head.weight is embedding(rounded.model).weight) == tied
     assert main([ref.location, str(tmp_path / "written"), "--weights", weights]) == 0
-    written = load(ModelRef(ModelKind.DIRECTORY, str(tmp_path / "written")))
-    assert torch.equal(logits(rounded), logits(written))
+    written = ModelRef(ModelKind.DIRECTORY, str(tmp_path / "written"))
+    assert load(written).weights_fingerprint == load(written, weights).weights_fingerprint, "it lies on the grid"
+    ours = logits(rounded)
+    assert torch.equal(ours, logits(load(written, weights)))
+    close(ours, logits(load(written)))
+
+
+def close(ours: torch.Tensor, in_float32: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, in_float32, rtol=0.0, atol=ACTIVATIONS * float(in_float32.abs().max()))
 
 
 def other(weights: WeightFormat) -> WeightFormat:
@@ -97,7 +107,7 @@ def test_without_kernels_the_same_numbers_are_used(tmp_path: Path, monkeypatch: 
     loaded = load(ref, WeightFormat.INT4)
     without = logits(loaded)
     assert any(type(module) is OneDnnLinear for module in loaded.model.modules())
-    torch.testing.assert_close(without, with_kernels, rtol=1e-4, atol=2e-5)
+    close(with_kernels, without)
 
 
 def test_inputs_that_are_no_multiple_of_32_stay_as_they_are() -> None:

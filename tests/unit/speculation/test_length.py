@@ -152,7 +152,7 @@ def test_hysteresis_keeps_k_in_both_directions() -> None:
     for better, others in ((2, 3), (3, 2)):
         for advantage, stays in ((1.01, True), (1.05, False)):
             controller = LengthController("draft", StepCost(), None)
-            seconds = {0: 10.0, 1: 10.0, better: tokens[better], others: tokens[others] * advantage}
+            seconds = {0: 1.8, 1: 1.9, better: tokens[better], others: tokens[others] * advantage}
             for k, s in seconds.items():
                 controller.target_cost.observe(1 + k, s)
             controller._last_k = others
@@ -318,6 +318,16 @@ def test_one_preempted_step_does_not_rule_a_size_out() -> None:
     costs.observe(2, 50.0)
     assert costs.estimate(2) < 1.25
     assert costs.estimate(2) / costs.estimate(1) < 1.13
+
+
+def test_a_pass_is_never_believed_to_be_dearer_than_one_of_more_tokens() -> None:
+    costs = cost(_1=1.0, _2=3.0, _4=1.5)
+    assert costs.estimate(2) == costs.estimate(4) == 1.5
+    assert costs.estimate(1) == 1.0
+    for _ in range(300):
+        costs.observe(4, 6.0)
+        costs.observe(2, 3.0)
+    assert costs.estimate(2) == pytest.approx(3.0, rel=0.05), "what was seen of it is not lost"
 
 
 def test_large_steps_share_a_size_class() -> None:
