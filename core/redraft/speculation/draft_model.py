@@ -58,7 +58,9 @@ class DraftModelProposer:
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
         begun = time.perf_counter()
         if self.length is not None:
-            limits = self.length.allow(states, limits)
+            asked = (state for state, limit in zip(states, limits, strict=True) if limit > 0)
+            num_behind = min(sum(map(self._num_missing, asked)), self.max_catch_up)
+            limits = self.length.allow(states, limits, num_behind)
         ready = self._catch_up(states, limits)
         if not ready:
             return nothing_proposed(len(states), self.runner.vocab_size, self.runner.device)
@@ -149,6 +151,10 @@ class DraftModelProposer:
         if chunks:
             self.runner.forward(chunks)
         return ready
+
+    def _num_missing(self, state: SequenceState) -> int:
+        """Tokens whose KV is missing, of this draft; at least 1."""
+        return len(state.token_ids) if state.draft_epoch != self.epoch else _num_missing(state)
 
     def _ingest_pending(self, states: Sequence[SequenceState]) -> Tensor:
         """Run every token the draft has not seen; logits after the last one, [sequences, vocab_size]."""

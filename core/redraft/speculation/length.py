@@ -21,6 +21,7 @@ _PRIOR_WEIGHT = 4.0  # tested positions that the batch-wide acceptance counts fo
 _HYSTERESIS = 1.02  # a different k must promise this much more goodput
 _LEAST_REACH = 2  # drafted tokens per sequence over which the price of one is taken
 _FIRST_PROBE, _LAST_PROBE = 32, 512  # steps in which nothing was verified before one token is tried again
+_PROBE_SHARE = 0.01  # of the time of those steps, for the draft to read what it has not seen
 
 
 @dataclass(slots=True)
@@ -71,10 +72,12 @@ class LengthController:
         self._promised = 0.0  # tokens a second that the last choice promised
         self._token_seconds = 0.0  # what verifying one token more costs
         self._idle_steps = 0
+        self._idle_seconds = 0.0
         self._probe_after = _FIRST_PROBE
+        self.is_on_trial = False  # two drafts are being compared: both need requests with drafted tokens soon
 
     def observe(self, state: SequenceState, num_accepted: int, num_drafted: int) -> None:
-        self._idle_steps = 0
+        self._idle_steps, self._idle_seconds = 0, 0.0
         for acceptance in self._acceptances(state):
             acceptance.observe(num_accepted, num_drafted)
 
@@ -92,6 +95,8 @@ class LengthController:
 
     def choose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """k per sequence, at most limits[i]."""
+        if not any(limits):
+            return [0] * len(limits)
         rates = [self.rate(state) for state in states]
         best_k = self._best(rates, limits)
         if best_k == 0:
@@ -102,21 +107,29 @@ class LengthController:
         worth = self.token_price
         return [_trim(rate, min(best_k, limit), worth) for rate, limit in zip(rates, limits, strict=True)]
 
-    def allow(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
+    def allow(self, states: Sequence[SequenceState], limits: Sequence[int], num_behind: int) -> list[int]:
         """The same for a proposer that decides at every token whether it goes on (`token_price`, `pass_price`): the
         limit where drafting pays. The price of time is what the batch gets done in it otherwise, as in Dinkelbach's
         method for ratios (1967).
 
         Where that decision has left nothing to verify for long, it is probed too: what it goes by is learnt from
         verification, so it would never turn out to have become wrong.
+
+        `num_behind` tokens of these sequences must be read before any of them is drafted for. A batch that does not
+        draft can have many of them, and a probe waits until its steps have earned that.
         """
+        if not any(limits):
+            return [0] * len(limits)
         rates = [self.rate(state) for state in states]
-        is_on = any(limits) and (self._best(rates, limits) > 0 or self._is_worth_picking(len(states)))
+        is_on = self._best(rates, limits) > 0 or self._is_worth_picking(len(states))
         if is_on and self._idle_steps + 1 < self._probe_after:
             self._idle_steps += 1
             self._probe_after = _FIRST_PROBE
             return list(limits)
-        return self._probe(limits)
+        self._idle_seconds += self.target_cost.estimate(len(states))
+        reading = 0.0 if self.draft_cost is None else self.draft_cost.estimate(num_behind)
+        is_earned = is_on or self.is_on_trial or reading <= _PROBE_SHARE * self._idle_seconds
+        return self._probe(limits, is_earned=is_earned)
 
     def _is_worth_picking(self, num_sequences: int) -> bool:
         """Whether a pass pays of which only the tokens are verified that are worth it, where any fixed k loses."""
@@ -144,10 +157,8 @@ class LengthController:
         return state.acceptance.setdefault(self.name, Acceptance()), self._overall
 
     def _best(self, rates: Sequence[float], limits: Sequence[int]) -> int:
-        """The k that promises most, 0 if drafting loses."""
-        longest = max(limits, default=0)
-        if longest == 0:
-            return 0
+        """The k that promises most, 0 if drafting loses; some limit is above 0."""
+        longest = max(limits)
         goodputs = [self._goodput(rates, limits, k) for k in range(longest + 1)]
         best_k = max(range(longest + 1), key=goodputs.__getitem__)
         stay = min(self._last_k, longest)
@@ -174,14 +185,12 @@ class LengthController:
             seconds += k * self.draft_cost.estimate(len(rates)) + self._around_passes.estimate(len(rates))
         return tokens / max(seconds, 1e-9)
 
-    def _probe(self, limits: Sequence[int]) -> list[int]:
+    def _probe(self, limits: Sequence[int], *, is_earned: bool = True) -> list[int]:
         """Mostly nothing; now and then one token each, at no price, to notice that drafting has become worth while."""
-        if not any(limits):
-            return [0] * len(limits)
         self._idle_steps += 1
-        if self._idle_steps < self._probe_after:
+        if self._idle_steps < self._probe_after or not is_earned:
             return [0] * len(limits)
-        self._idle_steps = 0
+        self._idle_steps, self._idle_seconds = 0, 0.0
         self._probe_after = min(2 * self._probe_after, _LAST_PROBE)
         self._token_seconds = 0.0
         return [min(1, limit) for limit in limits]

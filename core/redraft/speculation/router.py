@@ -54,6 +54,9 @@ class DraftRouter:
             if share > 0.0:
                 end += share / total
                 self._shares.append((version, end))
+        for draft in self._drafts.values():
+            if draft.length is not None:
+                draft.length.is_on_trial = len(self._shares) > 1
 
     def epoch_of(self, state: SequenceState) -> int:
         """Epoch of the draft that the sequence belongs to, chosen now if it has none; NO_EPOCH without drafts."""

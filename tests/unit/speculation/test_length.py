@@ -116,9 +116,9 @@ def test_what_was_chosen_for_one_sequence_is_not_trimmed() -> None:
 
 def test_a_draft_that_stops_by_itself_has_its_limit_where_drafting_pays() -> None:
     paying = LengthController("draft", flat(1.0), flat(0.05))
-    assert paying.allow([sequence(0.6)] * 3, [8, 0, 3]) == [8, 0, 3]
+    assert paying.allow([sequence(0.6)] * 3, [8, 0, 3], 3) == [8, 0, 3]
     losing = LengthController("draft", flat(1.0), flat(1.0))
-    assert losing.allow([sequence(0.6)], [8]) == [0]
+    assert losing.allow([sequence(0.6)], [8], 1) == [0]
 
 
 def test_prices_are_the_tokens_that_the_time_is_worth() -> None:
@@ -187,11 +187,28 @@ def test_a_probe_has_no_price() -> None:
     """Else how sure the draft is, by what became of it before, could rule out every probe."""
     controller = LengthController("draft", linear(1.0), flat(1.0))
     state = sequence(0.2)
-    while controller.allow([state], [4]) == [0]:
+    while controller.allow([state], [4], 1) == [0]:
         assert controller.token_price > 0.5
     assert controller.token_price == 0.0
-    assert controller.allow([state], [4]) == [0]
+    assert controller.allow([state], [4], 1) == [0]
     assert controller.token_price > 0.5
+
+
+@pytest.mark.parametrize("is_on_trial", [False, True])
+def test_a_probe_waits_until_idle_steps_have_earned_what_the_draft_must_read(is_on_trial: bool) -> None:
+    """512 tokens, 5 s: 1 % of 500 steps of a second. Where two drafts are compared, it does not wait."""
+    controller = LengthController("draft", flat(1.0), cost(_1=1.0, _512=5.0))
+    controller.is_on_trial = is_on_trial
+    state = sequence(0.2)
+
+    def steps_to_probe(num_behind: int) -> int:
+        return next(n for n in range(1, 2000) if controller.allow([state], [4], num_behind) != [0])
+
+    assert steps_to_probe(512) == (32 if is_on_trial else 500)
+    assert steps_to_probe(512) == (64 if is_on_trial else 500)
+    controller.observe(state, 1, 1)
+    assert steps_to_probe(512) == (128 if is_on_trial else 500), "time in which it drafted was not idle"
+    assert steps_to_probe(1) == 256
 
 
 def test_a_draft_that_always_stops_at_once_is_probed() -> None:
@@ -199,11 +216,11 @@ def test_a_draft_that_always_stops_at_once_is_probed() -> None:
     controller = LengthController("draft", cost(_1=1.0, _64=4.0), flat(0.01))
     state = sequence(0.8)
     for _ in range(2):
-        assert [controller.allow([state], [4]) for _ in range(32)] == [[4]] * 31 + [[1]]
+        assert [controller.allow([state], [4], 1) for _ in range(32)] == [[4]] * 31 + [[1]]
         assert controller.token_price == 0.0
     for _ in range(100):
         controller.observe(state, 1, 2)
-        assert controller.allow([state], [4]) == [4]
+        assert controller.allow([state], [4], 1) == [4]
         assert controller.token_price > 0.0
 
 
@@ -233,7 +250,7 @@ def test_a_pass_pays_if_some_of_its_tokens_do() -> None:
             controller.confidence.observe([sureness], int(sureness > 0.5), greedy=True)
         states = [sequence(0.5)] * batch
         assert controller.choose(states, [4] * batch) == [0] * batch
-        assert (controller.allow(states, [4] * batch) == [4] * batch) is is_on
+        assert (controller.allow(states, [4] * batch, batch) == [4] * batch) is is_on
 
 
 def test_steps_in_which_nobody_may_draft_change_nothing() -> None:

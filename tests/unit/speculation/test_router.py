@@ -9,7 +9,9 @@ import torch
 
 from redraft.sampling.params import SamplingParams
 from redraft.sampling.randomness import mix64
+from redraft.speculation.cost import StepCost
 from redraft.speculation.draft_model import DraftModelProposer
+from redraft.speculation.length import LengthController
 from redraft.speculation.proposer import NOTHING
 from redraft.speculation.router import NO_EPOCH, DraftRouter
 from redraft.speculation.state import SequenceState
@@ -56,6 +58,22 @@ def test_the_last_route_and_a_version_without_a_share() -> None:
     router.set({"a": draft("a"), "b": draft("b")}, {"a": 1.0, "b": 0.0})
     edge = SequenceState([1], 1, SamplingParams(), key=0, route=(1 << 64) - 1)
     assert router.epoch_of(edge) == 1
+
+
+def test_drafts_are_on_trial_while_several_have_a_share() -> None:
+    router = DraftRouter()
+    drafts = {"a": draft("a"), "b": draft("b")}
+    lengths = {version: LengthController("draft_model", StepCost(), StepCost()) for version in drafts}
+    for version, length in lengths.items():
+        drafts[version].length = length
+    for shares, on_trial in (
+        ({"a": 0.9, "b": 0.1}, True),
+        ({"b": 1.0}, False),
+        ({"a": 0.5, "b": 0.5}, True),
+        ({}, False),
+    ):
+        router.set(drafts, shares)
+        assert [length.is_on_trial for length in lengths.values()] == [on_trial] * 2
 
 
 @pytest.mark.parametrize("shares", [{"a": 0.5}, {"a": 0.5, "c": 0.5}, {"a": 1.5, "b": -0.5}])
