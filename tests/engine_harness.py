@@ -135,7 +135,7 @@ class FixedPrice(LengthController):
         super().__init__("draft_model", StepCost(), None)
         self._least_chance = least_chance
 
-    def allow(self, states: Sequence[SequenceState], limits: Sequence[int], num_behind: int) -> list[int]:
+    def allow(self, states: Sequence[SequenceState], limits: Sequence[int], missing: Sequence[int]) -> list[int]:
         return list(limits)
 
     @property

@@ -57,20 +57,22 @@ class DraftModelProposer:
 
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
         begun = time.perf_counter()
+        missing = [self._num_missing(state) for state in states]
         if self.length is not None:
-            asked = (state for state, limit in zip(states, limits, strict=True) if limit > 0)
-            num_behind = min(sum(map(self._num_missing, asked)), self.max_catch_up)
-            limits = self.length.allow(states, limits, num_behind)
+            limits = self.length.allow(states, limits, missing)
         ready = self._catch_up(states, limits)
         if not ready:
             return nothing_proposed(len(states), self.runner.vocab_size, self.runner.device)
+        are_all = sum(map(bool, limits)) == len(ready)
         # one or two tokens are pending in the usual step; prompts and the like would say nothing of the next one
-        is_usual = sum(map(bool, limits)) == len(ready) and all(_num_missing(states[i]) <= 2 for i in ready)
+        is_usual = are_all and all(missing[i] <= 2 for i in ready)
         drafts = {index: _Draft(states[index], limits[index]) for index in ready}
         active = list(drafts.values())
         probs: list[Tensor] = []
         num_rows, num_passes = 0, 1
         logits = self._ingest_pending([draft.state for draft in active])
+        if self.length is not None and are_all:
+            self.length.observe_reading(sum(missing[i] for i in ready), time.perf_counter() - begun)
         started: float | None = None  # of a pass of one token each, which is what lengths are chosen by
         while True:
             drawn = _draw(logits, active, self._is_worth_a_token)

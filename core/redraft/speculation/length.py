@@ -22,6 +22,10 @@ _HYSTERESIS = 1.02  # a different k must promise this much more goodput
 _LEAST_REACH = 2  # drafted tokens per sequence over which the price of one is taken
 _FIRST_PROBE, _LAST_PROBE = 32, 512  # steps in which nothing was verified before one token is tried again
 _PROBE_SHARE = 0.01  # of the time of those steps, for the draft to read what it has not seen
+_PENDING = 2  # tokens that the draft has not seen after a usual step, at most
+_LEAST_AHEAD = 16  # tokens that an answer is taken to go on for, besides as many as it has
+_LEAST_READ = 32  # tokens at once that tell how fast the draft reads
+_READING_RATE = 0.2  # of the moving average of that
 
 
 @dataclass(slots=True)
@@ -70,7 +74,9 @@ class LengthController:
         self._overall = Acceptance()
         self._last_k = 1
         self._promised = 0.0  # tokens a second that the last choice promised
+        self._saving = 0.0  # share of the time of plain decoding that it saves
         self._token_seconds = 0.0  # what verifying one token more costs
+        self._reading_seconds = 0.0  # of a token that the draft has not seen; 0: not known yet
         self._idle_steps = 0
         self._idle_seconds = 0.0
         self._probe_after = _FIRST_PROBE
@@ -93,6 +99,12 @@ class LengthController:
             passes = num_passes * self.draft_cost.estimate(num_sequences)
             self._around_passes.observe(num_sequences, max(seconds - passes, 1e-6))
 
+    def observe_reading(self, num_tokens: int, seconds: float) -> None:
+        """What the draft took for tokens that it had not seen."""
+        if num_tokens >= _LEAST_READ:
+            before = self._reading_seconds or seconds / num_tokens
+            self._reading_seconds = before + _READING_RATE * (seconds / num_tokens - before)
+
     def choose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
         """k per sequence, at most limits[i]."""
         if not any(limits):
@@ -107,7 +119,7 @@ class LengthController:
         worth = self.token_price
         return [_trim(rate, min(best_k, limit), worth) for rate, limit in zip(rates, limits, strict=True)]
 
-    def allow(self, states: Sequence[SequenceState], limits: Sequence[int], num_behind: int) -> list[int]:
+    def allow(self, states: Sequence[SequenceState], limits: Sequence[int], missing: Sequence[int]) -> list[int]:
         """The same for a proposer that decides at every token whether it goes on (`token_price`, `pass_price`): the
         limit where drafting pays. The price of time is what the batch gets done in it otherwise, as in Dinkelbach's
         method for ratios (1967).
@@ -115,26 +127,47 @@ class LengthController:
         Where that decision has left nothing to verify for long, it is probed too: what it goes by is learnt from
         verification, so it would never turn out to have become wrong.
 
-        `num_behind` tokens of these sequences must be read before any of them is drafted for. A batch that does not
-        draft can have many of them, and a probe waits until its steps have earned that.
+        `missing[i]` tokens of a sequence must be read before it is drafted for. That must be worth it for a sequence
+        that goes on for as long as it has lasted and a little longer; a probe waits until idle steps have earned it.
         """
         if not any(limits):
             return [0] * len(limits)
         rates = [self.rate(state) for state in states]
-        is_on = self._best(rates, limits) > 0 or self._is_worth_picking(len(states))
+        saving = self._saving if self._best(rates, limits) > 0 else self._saving_by_picking(len(states))
+        worth = [
+            limit if self._is_worth_reading(state, num_missing, saving, len(states)) else 0
+            for state, limit, num_missing in zip(states, limits, missing, strict=True)
+        ]
+        is_on = any(worth)
         if is_on and self._idle_steps + 1 < self._probe_after:
             self._idle_steps += 1
             self._probe_after = _FIRST_PROBE
-            return list(limits)
+            return worth
         self._idle_seconds += self.target_cost.estimate(len(states))
-        reading = 0.0 if self.draft_cost is None else self.draft_cost.estimate(num_behind)
-        is_earned = is_on or self.is_on_trial or reading <= _PROBE_SHARE * self._idle_seconds
+        asked = sum(num_missing for num_missing, limit in zip(missing, limits, strict=True) if limit > 0)
+        is_earned = is_on or self.is_on_trial or self._reading(asked) <= _PROBE_SHARE * self._idle_seconds
         return self._probe(limits, is_earned=is_earned)
 
-    def _is_worth_picking(self, num_sequences: int) -> bool:
-        """Whether a pass pays of which only the tokens are verified that are worth it, where any fixed k loses."""
+    def _saving_by_picking(self, num_sequences: int) -> float:
+        """Share of the time of plain decoding that a pass saves of which only the tokens are verified that are worth
+        it, where any fixed k loses. Negative if this loses too."""
         around = self._tokens_in(self._around_passes.estimate(num_sequences)) / num_sequences
-        return self.confidence.surplus(self.token_price) > self.pass_price(num_sequences) + around
+        gain = self.confidence.surplus(self.token_price) - self.pass_price(num_sequences) - around
+        return gain / (1.0 + gain) if gain > 0.0 else gain
+
+    def _is_worth_reading(self, state: SequenceState, num_missing: int, saving: float, num_sequences: int) -> bool:
+        """Whether drafting saves more on what is ahead of a sequence than the draft takes to read what it has not seen
+        of it. How long an answer will be nobody knows: as long again as it is by now, as a rule."""
+        if saving <= 0.0 or num_missing <= _PENDING or self.is_on_trial:
+            return saving > 0.0
+        ahead = _LEAST_AHEAD + state.num_output_tokens
+        return self._reading(num_missing) < saving * ahead * self.target_cost.estimate(num_sequences) / num_sequences
+
+    def _reading(self, num_tokens: int) -> float:
+        """Seconds that the draft takes for so many tokens that it has not seen."""
+        if self.draft_cost is None:
+            return 0.0
+        return num_tokens * (self._reading_seconds or self.draft_cost.estimate(_LEAST_READ) / _LEAST_READ)
 
     @property
     def token_price(self) -> float:
@@ -165,6 +198,7 @@ class LengthController:
         if goodputs[best_k] <= _HYSTERESIS * goodputs[stay]:
             best_k = stay
         self._last_k, self._promised = best_k, goodputs[best_k]
+        self._saving = 1.0 - goodputs[0] / max(goodputs[best_k], 1e-9)
         # over some range: between neighbouring sizes it is a difference of nearly equal, noisy numbers
         batch, reach = len(rates), min(max(best_k, _LEAST_REACH), longest)
         more = self.target_cost.estimate(batch * (reach + 1)) - self.target_cost.estimate(batch)

@@ -116,9 +116,9 @@ def test_what_was_chosen_for_one_sequence_is_not_trimmed() -> None:
 
 def test_a_draft_that_stops_by_itself_has_its_limit_where_drafting_pays() -> None:
     paying = LengthController("draft", flat(1.0), flat(0.05))
-    assert paying.allow([sequence(0.6)] * 3, [8, 0, 3], 3) == [8, 0, 3]
+    assert paying.allow([sequence(0.6)] * 3, [8, 0, 3], [1, 1, 1]) == [8, 0, 3]
     losing = LengthController("draft", flat(1.0), flat(1.0))
-    assert losing.allow([sequence(0.6)], [8], 1) == [0]
+    assert losing.allow([sequence(0.6)], [8], [1]) == [0]
 
 
 def test_prices_are_the_tokens_that_the_time_is_worth() -> None:
@@ -187,28 +187,61 @@ def test_a_probe_has_no_price() -> None:
     """Else how sure the draft is, by what became of it before, could rule out every probe."""
     controller = LengthController("draft", linear(1.0), flat(1.0))
     state = sequence(0.2)
-    while controller.allow([state], [4], 1) == [0]:
+    while controller.allow([state], [4], [1]) == [0]:
         assert controller.token_price > 0.5
     assert controller.token_price == 0.0
-    assert controller.allow([state], [4], 1) == [0]
+    assert controller.allow([state], [4], [1]) == [0]
     assert controller.token_price > 0.5
 
 
 @pytest.mark.parametrize("is_on_trial", [False, True])
 def test_a_probe_waits_until_idle_steps_have_earned_what_the_draft_must_read(is_on_trial: bool) -> None:
-    """512 tokens, 5 s: 1 % of 500 steps of a second. Where two drafts are compared, it does not wait."""
-    controller = LengthController("draft", flat(1.0), cost(_1=1.0, _512=5.0))
+    """500 tokens at 0.01 s: 1 % of 500 steps of a second. Where two drafts are compared, it does not wait."""
+    controller = LengthController("draft", flat(1.0), flat(1.0))
     controller.is_on_trial = is_on_trial
+    controller.observe_reading(512, 5.12)
     state = sequence(0.2)
 
-    def steps_to_probe(num_behind: int) -> int:
-        return next(n for n in range(1, 2000) if controller.allow([state], [4], num_behind) != [0])
+    def steps_to_probe(num_missing: int) -> int:
+        return next(n for n in range(1, 2000) if controller.allow([state], [4], [num_missing]) != [0])
 
-    assert steps_to_probe(512) == (32 if is_on_trial else 500)
-    assert steps_to_probe(512) == (64 if is_on_trial else 500)
+    assert steps_to_probe(500) == (32 if is_on_trial else 500)
+    assert steps_to_probe(500) == (64 if is_on_trial else 500)
     controller.observe(state, 1, 1)
-    assert steps_to_probe(512) == (128 if is_on_trial else 500), "time in which it drafted was not idle"
+    assert steps_to_probe(500) == (128 if is_on_trial else 500), "time in which it drafted was not idle"
     assert steps_to_probe(1) == 256
+
+
+def test_a_prompt_is_read_where_drafting_saves_more_on_what_is_ahead() -> None:
+    """Drafting saves about half of a second per token. Of what was read at 0.01 s a token, 2,000 pay once about 40
+    tokens are ahead: that is expected of an answer that has 24."""
+    controller = LengthController("draft", flat(1.0), flat(0.05))
+    controller.observe_reading(100, 1.0)
+    allowed = {}
+    for num_missing in (2, 300, 2000):
+        for num_output in (0, 20, 40):
+            state = sequence(0.6)
+            state.token_ids.extend([3] * num_output)
+            allowed[num_missing, num_output] = controller.allow([state], [8], [num_missing]) == [8]
+    assert allowed == {
+        (2, 0): True,
+        (2, 20): True,
+        (2, 40): True,
+        (300, 0): True,
+        (300, 20): True,
+        (300, 40): True,
+        (2000, 0): False,
+        (2000, 20): False,
+        (2000, 40): True,
+    }
+    controller.is_on_trial = True
+    assert controller.allow([sequence(0.6)], [8], [2000]) == [8]
+
+
+def test_who_is_not_worth_reading_does_not_hold_up_the_others() -> None:
+    controller = LengthController("draft", flat(1.0), flat(0.05))
+    controller.observe_reading(100, 1.0)
+    assert controller.allow([sequence(0.6)] * 3, [8, 4, 8], [1, 5000, 2]) == [8, 0, 8]
 
 
 def test_a_draft_that_always_stops_at_once_is_probed() -> None:
@@ -216,11 +249,11 @@ def test_a_draft_that_always_stops_at_once_is_probed() -> None:
     controller = LengthController("draft", cost(_1=1.0, _64=4.0), flat(0.01))
     state = sequence(0.8)
     for _ in range(2):
-        assert [controller.allow([state], [4], 1) for _ in range(32)] == [[4]] * 31 + [[1]]
+        assert [controller.allow([state], [4], [1]) for _ in range(32)] == [[4]] * 31 + [[1]]
         assert controller.token_price == 0.0
     for _ in range(100):
         controller.observe(state, 1, 2)
-        assert controller.allow([state], [4], 1) == [4]
+        assert controller.allow([state], [4], [1]) == [4]
         assert controller.token_price > 0.0
 
 
@@ -250,7 +283,7 @@ def test_a_pass_pays_if_some_of_its_tokens_do() -> None:
             controller.confidence.observe([sureness], int(sureness > 0.5), greedy=True)
         states = [sequence(0.5)] * batch
         assert controller.choose(states, [4] * batch) == [0] * batch
-        assert (controller.allow(states, [4] * batch, batch) == [4] * batch) is is_on
+        assert (controller.allow(states, [4] * batch, [1] * batch) == [4] * batch) is is_on
 
 
 def test_steps_in_which_nobody_may_draft_change_nothing() -> None:
