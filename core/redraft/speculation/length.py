@@ -80,7 +80,7 @@ class LengthController:
         self._idle_steps = 0
         self._idle_seconds = 0.0
         self._probe_after = _FIRST_PROBE
-        self.is_on_trial = False  # two drafts are being compared: both need requests with drafted tokens soon
+        self.is_on_trial = False  # two drafts are being compared: both must be measured, whether it pays or not
 
     def observe(self, state: SequenceState, num_accepted: int, num_drafted: int) -> None:
         self._idle_steps, self._idle_seconds = 0, 0.0
@@ -222,7 +222,7 @@ class LengthController:
     def _probe(self, limits: Sequence[int], *, is_earned: bool = True) -> list[int]:
         """Mostly nothing; now and then one token each, at no price, to notice that drafting has become worth while."""
         self._idle_steps += 1
-        if self._idle_steps < self._probe_after or not is_earned:
+        if self._idle_steps < (_FIRST_PROBE if self.is_on_trial else self._probe_after) or not is_earned:
             return [0] * len(limits)
         self._idle_steps, self._idle_seconds = 0, 0.0
         self._probe_after = min(2 * self._probe_after, _LAST_PROBE)
