@@ -22,6 +22,7 @@ _HYSTERESIS = 1.02  # a different k must promise this much more goodput
 _LEAST_REACH = 2  # drafted tokens per sequence over which the price of one is taken
 _FIRST_PROBE, _LAST_PROBE = 32, 512  # steps in which nothing was verified before one token is tried again
 _PROBE_SHARE = 0.01  # of the time of those steps, for the draft to read what it has not seen
+_TRIAL_STRIDE = 8  # tokens of a sequence in which one is drafted at least, while its draft is on trial
 _PENDING = 2  # tokens that the draft has not seen after a usual step, at most
 _LEAST_AHEAD = 16  # tokens that an answer is taken to go on for, besides as many as it has
 _LEAST_READ = 32  # tokens at once that tell how fast the draft reads
@@ -34,6 +35,7 @@ class Acceptance:
 
     accepted: float = 0.0
     tested: float = 0.0
+    last_at: int | None = None  # output tokens that a sequence had when tokens of its draft were last verified
 
     def observe(self, num_accepted: int, num_drafted: int) -> None:
         self._add(num_accepted, min(num_accepted + 1, num_drafted), _FORGET)
@@ -86,6 +88,7 @@ class LengthController:
         self._idle_steps, self._idle_seconds = 0, 0.0
         for acceptance in self._acceptances(state):
             acceptance.observe(num_accepted, num_drafted)
+        state.acceptance[self.name].last_at = state.num_output_tokens
 
     def observe_dropped(self, state: SequenceState, chance: float, survival: float, *, is_first: bool) -> None:
         """A token that was not worth its price: `chance` to be accepted if those before it are, which has probability
@@ -129,6 +132,7 @@ class LengthController:
 
         `missing[i]` tokens of a sequence must be read before it is drafted for. That must be worth it for a sequence
         that goes on for as long as it has lasted and a little longer; a probe waits until idle steps have earned it.
+        While two drafts are compared, each is measured in every sequence, whether that pays or not.
         """
         if not any(limits):
             return [0] * len(limits)
@@ -138,6 +142,9 @@ class LengthController:
             limit if self._is_worth_reading(state, num_missing, saving, len(states)) else 0
             for state, limit, num_missing in zip(states, limits, missing, strict=True)
         ]
+        if self.is_on_trial and any(due := [self._is_due(state) for state in states]):
+            self._token_seconds = 0.0
+            return [max(k, min(1, limit)) if is_due else k for k, limit, is_due in zip(worth, limits, due, strict=True)]
         is_on = any(worth)
         if is_on and self._idle_steps + 1 < self._probe_after:
             self._idle_steps += 1
@@ -145,7 +152,7 @@ class LengthController:
             return worth
         self._idle_seconds += self.target_cost.estimate(len(states))
         asked = sum(num_missing for num_missing, limit in zip(missing, limits, strict=True) if limit > 0)
-        is_earned = is_on or self.is_on_trial or self._reading(asked) <= _PROBE_SHARE * self._idle_seconds
+        is_earned = is_on or self._reading(asked) <= _PROBE_SHARE * self._idle_seconds
         return self._probe(limits, is_earned=is_earned)
 
     def _saving_by_picking(self, num_sequences: int) -> float:
@@ -154,6 +161,11 @@ class LengthController:
         around = self._tokens_in(self._around_passes.estimate(num_sequences)) / num_sequences
         gain = self.confidence.surplus(self.token_price) - self.pass_price(num_sequences) - around
         return gain / (1.0 + gain) if gain > 0.0 else gain
+
+    def _is_due(self, state: SequenceState) -> bool:
+        """Whether the sequence has gone on for long without a word of its draft being verified."""
+        own = state.acceptance.get(self.name)
+        return own is None or own.last_at is None or state.num_output_tokens >= own.last_at + _TRIAL_STRIDE
 
     def _is_worth_reading(self, state: SequenceState, num_missing: int, saving: float, num_sequences: int) -> bool:
         """Whether drafting saves more on what is ahead of a sequence than the draft takes to read what it has not seen
@@ -222,7 +234,7 @@ class LengthController:
     def _probe(self, limits: Sequence[int], *, is_earned: bool = True) -> list[int]:
         """Mostly nothing; now and then one token each, at no price, to notice that drafting has become worth while."""
         self._idle_steps += 1
-        if self._idle_steps < (_FIRST_PROBE if self.is_on_trial else self._probe_after) or not is_earned:
+        if self._idle_steps < self._probe_after or not is_earned:
             return [0] * len(limits)
         self._idle_steps, self._idle_seconds = 0, 0.0
         self._probe_after = min(2 * self._probe_after, _LAST_PROBE)

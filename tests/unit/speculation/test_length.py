@@ -194,25 +194,42 @@ def test_a_probe_has_no_price() -> None:
     assert controller.token_price > 0.5
 
 
-@pytest.mark.parametrize("is_on_trial", [False, True])
-def test_a_probe_waits_until_idle_steps_have_earned_what_the_draft_must_read(is_on_trial: bool) -> None:
-    """500 tokens at 0.01 s: 1 % of 500 steps of a second. Where two drafts are compared, probes come at once and often,
-    whatever they cost: nobody could judge a draft that does not draft."""
+def test_a_probe_waits_until_idle_steps_have_earned_what_the_draft_must_read() -> None:
+    """500 tokens at 0.01 s: 1 % of 500 steps of a second."""
     controller = LengthController("draft", flat(1.0), flat(1.0))
-    controller.is_on_trial = is_on_trial
     controller.observe_reading(512, 5.12)
     state = sequence(0.2)
 
     def steps_to_probe(num_missing: int) -> int:
         return next(n for n in range(1, 2000) if controller.allow([state], [4], [num_missing]) != [0])
 
-    assert steps_to_probe(500) == (32 if is_on_trial else 500)
-    assert steps_to_probe(500) == (32 if is_on_trial else 500)
+    assert steps_to_probe(500) == 500
+    assert steps_to_probe(500) == 500
     controller.observe(state, 1, 1)
-    assert steps_to_probe(500) == (32 if is_on_trial else 500), "time in which it drafted was not idle"
-    assert steps_to_probe(1) == (32 if is_on_trial else 256)
+    assert steps_to_probe(500) == 500, "time in which it drafted was not idle"
+    assert steps_to_probe(1) == 256
+
+
+def test_drafts_that_are_compared_are_measured_in_every_sequence_though_that_does_not_pay() -> None:
+    controller = LengthController("draft", linear(1.0), flat(1.0))
+    controller.confidence.see(0.1, greedy=True)  # it is never sure
+    old, new = sequence(0.2), sequence(0.2)
+
+    def allowed(output_tokens: int) -> list[int]:
+        old.token_ids[1:] = [3] * output_tokens
+        return controller.allow([old, new], [4, 4], [500, 500])
+
+    assert allowed(0) == [0, 0]
     controller.is_on_trial = True
-    assert steps_to_probe(500) == 32, "though the wait had become longer"
+    assert allowed(0) == allowed(1) == [1, 1], "until both have been read and verified"
+    assert controller.token_price == 0.0
+    controller.observe(old, 0, 1)
+    assert allowed(2) == [0, 1]
+    controller.observe(new, 0, 1)
+    assert allowed(8) == [0, 0]
+    assert allowed(9) == [1, 0]
+    controller.is_on_trial = False
+    assert allowed(9) == [0, 0]
 
 
 def test_a_prompt_is_read_where_drafting_saves_more_on_what_is_ahead() -> None:
