@@ -111,7 +111,8 @@ def test_trained_saved_and_served_numbers_agree(tmp_path: Path, arch: str, tied:
     if library() is not None:
         assert isinstance(output_head(draft.model), Int8Linear)
         assert sum(isinstance(module, Int8Linear) for module in draft.model.modules()) == 2 * 7 + 1
-        torch.testing.assert_close(served, after, rtol=1e-4, atol=2e-5)
+        # the kernels take activations in 16 bits
+        torch.testing.assert_close(served, after, rtol=0.0, atol=1e-3 * float(after.abs().max()))
     else:  # the layers agree, the head is not rounded
         torch.testing.assert_close(served, after, rtol=0.1, atol=0.1)
 
