@@ -34,7 +34,9 @@ class StepCost:
 
     @staticmethod
     def _size_class(size: int) -> int:
-        return size if size <= 8 else 1 << (size - 1).bit_length()
+        if size <= 16:  # passes of 9 or 10 tokens would make 16 look cheap
+            return size
+        return -(-size // 4) * 4 if size <= 32 else 1 << (size - 1).bit_length()
 
     def observe(self, size: int, seconds: float) -> None:
         key = self._size_class(size)

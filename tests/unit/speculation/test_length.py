@@ -400,6 +400,14 @@ def test_a_pass_is_never_believed_to_be_dearer_than_one_of_more_tokens() -> None
     assert costs.estimate(2) == pytest.approx(3.0, rel=0.05), "what was seen of it is not lost"
 
 
+def test_passes_of_a_few_tokens_more_do_not_make_twice_as_many_look_cheap() -> None:
+    costs = cost(_8=1.0, _16=2.0)
+    for _ in range(100):
+        costs.observe(9, 1.05)
+    assert costs.estimate(9) == pytest.approx(1.05, rel=1e-2)
+    assert costs.estimate(16) == pytest.approx(2.0, rel=0.1)
+
+
 def test_large_steps_share_a_size_class() -> None:
     costs = StepCost()
     for size in (33, 40, 64):
