@@ -7,7 +7,6 @@
 #define _POSIX_C_SOURCE 200112L
 #include <immintrin.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -244,21 +243,9 @@ static int run(pass *p, const chunk *chunks, long num_chunks, long num_wanted) {
 
 static long max(long a, long b) { return a > b ? a : b; }
 
-/* Memory that only grows; the caller has entered the pool. NULL: it ran out. */
-static char *workspace(size_t size) {
-  static char *memory;
-  static size_t capacity;
-  if (capacity < size) {
-    free(memory);
-    capacity = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    memory = aligned_alloc(ALIGNMENT, capacity);
-    if (!memory) capacity = 0;
-  }
-  return memory;
-}
-
-/* Share out the workspace for `p->rows` rows; 0, or -1 if memory ran out. */
+/* Share out working memory for `p->rows` rows; 0, or -1 if it ran out. */
 static int allocate(pass *p, long num_wanted) {
+  static scratch held;
   const decoder *model = p->model;
   long narrow = max(model->hidden, model->heads * model->head_dim), wide = model->hidden;
   for (long i = 0; i < model->num_layers; i++) {
@@ -267,8 +254,8 @@ static int allocate(pass *p, long num_wanted) {
   }
   long rows = (p->rows + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* every part stays aligned */
   long outputs = model->output_ids ? num_wanted * model->head.n : 0;
-  float *floats = (float *)workspace(
-      (rows * (model->hidden + narrow + wide) + outputs) * sizeof(float) + 7 * rows * sizeof(int32_t));
+  float *floats = scratch_take(
+      &held, (rows * (model->hidden + narrow + wide) + outputs) * sizeof(float) + 7 * rows * sizeof(int32_t));
   if (!floats) return -1;
   p->hidden = floats;
   p->narrow = p->hidden + rows * model->hidden;

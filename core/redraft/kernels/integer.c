@@ -16,13 +16,23 @@
 
 #include <immintrin.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 /* Two panels by four rows are what the registers hold. */
-enum { PANEL = 8, PANELS = 2, MOST_ROWS = 4, LEVELS = 32767, ROWS_PER_ITEM = 16, PAIRS = GROUP / 2 };
+enum { GROUP = 32, PAIRS = GROUP / 2, PANEL = 8, PANELS = 2, MOST_ROWS = 4, LEVELS = 32767, ROWS_PER_ITEM = 16 };
 #define KERNEL __attribute__((target("avx2,fma,f16c")))
 #define INLINED static inline __attribute__((always_inline)) KERNEL
+
+/* Groups of inputs, the last of which may be filled up. */
+static inline long num_groups(const linear_layer *layer) { return (layer->k + GROUP - 1) / GROUP; }
+
+/* Bytes of a group in a panel: what comes before its weights, and all of it. */
+static inline long head_bytes(long kind) { return kind == LINEAR_INT4 ? 32 : kind == LINEAR_INT8_GROUPS ? 16 : 0; }
+static inline long group_bytes(long kind) {
+  return head_bytes(kind) + PANEL * (kind == LINEAR_INT4 ? GROUP / 2 : GROUP);
+}
+
+static inline long panel_bytes(const linear_layer *layer) { return num_groups(layer) * group_bytes(layer->kind); }
 
 /* ---- activations ---- */
 
@@ -75,20 +85,12 @@ static void round_rows(void *arg, long item) {
     }
 }
 
-/* In a buffer that only grows; 0, or -1: memory ran out. */
+/* 0, or -1: memory ran out. */
 static int round_activations(rounded_rows *rows) {
-  static char *buffer;
-  static size_t capacity;
+  static scratch held;
   long groups = rows->m * rows->groups;
-  size_t size = groups * (GROUP * sizeof(int16_t) + 2 * sizeof(float));
-  if (capacity < size) {
-    free(buffer);
-    capacity = (size + 63) / 64 * 64;
-    buffer = aligned_alloc(64, capacity);
-    if (!buffer) capacity = 0;
-  }
-  if (!buffer) return -1;
-  rows->a = (int16_t *)buffer;
+  rows->a = scratch_take(&held, groups * (GROUP * sizeof(int16_t) + 2 * sizeof(float)));
+  if (!rows->a) return -1;
   rows->unit = (float *)(rows->a + groups * GROUP);
   rows->sums = rows->unit + groups;
   pool_run(round_rows, rows, (rows->m + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM);
@@ -151,8 +153,7 @@ INLINED void dot_group(const char *group, long size, const int16_t *a, long stri
 INLINED void block(const integer_job *job, long row, long first, fetching fetch, const int kind, const int rows) {
   const linear_layer *layer = job->layer;
   const rounded_rows *x = job->x;
-  const long head = kind == LINEAR_INT4 ? 32 : kind == LINEAR_INT8_GROUPS ? 16 : 0, size = panel_bytes(layer);
-  const long stride = x->groups * GROUP;
+  const long size = panel_bytes(layer), stride = x->groups * GROUP;
   const float *bias = layer->bias && kind != LINEAR_INT8 ? layer->bias + first * PANEL : NULL;
   const char *w = (const char *)layer->panels + first * size;
   const int16_t *a = x->a + row * stride;
@@ -167,7 +168,7 @@ INLINED void block(const integer_job *job, long row, long first, fetching fetch,
       _mm_prefetch(fetch.from + line, _MM_HINT_T1);
       _mm_prefetch(fetch.from + size + line, _MM_HINT_T1);
     }
-    dot_group(w + head, size, a, stride, dot, kind, rows);
+    dot_group(w + head_bytes(kind), size, a, stride, dot, kind, rows);
 #pragma GCC unroll 8
     for (int i = 0; i < rows * PANELS; i++) {
       const char *scales = w + i % PANELS * size;
@@ -218,7 +219,7 @@ KERNEL static void integer_item(void *arg, long item) {
 }
 
 int integer_run(const linear_layer *layer, const float *x, float *y, long m) {
-  rounded_rows rows = {.x = x, .m = m, .k = layer->k, .groups = (layer->k + GROUP - 1) / GROUP};
+  rounded_rows rows = {.x = x, .m = m, .k = layer->k, .groups = num_groups(layer)};
   if (round_activations(&rows)) return -1;
   long items = 4 * pool_threads(), pairs = layer->n / (PANEL * PANELS), each = (pairs + items - 1) / items;
   integer_job job = {layer, &rows, y, each};

@@ -341,14 +341,11 @@ def _panels(values: Tensor, heads: Sequence[Tensor], *, run: int = 2) -> Tensor:
     n, groups, size = values.shape
     missing = -n % PAIR
     blocks = nn.functional.pad(values, (0, 0, 0, 0, 0, missing)).view(-1, PANEL, groups, size // run, run)
-    parts = [
-        nn.functional.pad(head.view(torch.int16), (0, 0, 0, missing)).view(-1, PANEL, groups).transpose(1, 2)
-        for head in heads
-    ]
-    bytes_of = [part.contiguous().view(torch.uint8) for part in parts]
-    bytes_of.append(blocks.permute(0, 2, 3, 1, 4).flatten(2))
-    packed = aligned_empty(torch.uint8, len(blocks), groups, sum(part.shape[-1] for part in bytes_of))
-    torch.cat(bytes_of, dim=-1, out=packed)
+    filled = [nn.functional.pad(head.view(torch.int16), (0, 0, 0, missing)).view(-1, PANEL, groups) for head in heads]
+    parts = [head.transpose(1, 2).contiguous().view(torch.uint8) for head in filled]
+    parts.append(blocks.permute(0, 2, 3, 1, 4).flatten(2))
+    packed = aligned_empty(torch.uint8, len(blocks), groups, sum(part.shape[-1] for part in parts))
+    torch.cat(parts, dim=-1, out=packed)
     return packed
 
 

@@ -9,7 +9,6 @@
 #include "linear.h"
 
 #include <immintrin.h>
-#include <stdlib.h>
 
 #include "integer.h"
 #include "wide.h"
@@ -123,17 +122,12 @@ static inline long most_rows(long m) {
   return m <= ONE_PASS ? ONE_PASS : PAIR_ROWS;
 }
 
-/* x [m][k] with each block of rows transposed to [k][rows], in a buffer that only grows. NULL: memory ran out. */
+/* x [m][k] with each block of rows transposed to [k][rows]. NULL: memory ran out. */
 static const float *pack_rows(const float *x, long m, long k, long most) {
-  static float *buffer;
-  static long capacity;
+  static scratch held;
   if (m == 1) return x;
-  if (capacity < m * k) {
-    free(buffer);
-    buffer = malloc(m * k * sizeof(float));
-    capacity = buffer ? m * k : 0;
-    if (!buffer) return NULL;
-  }
+  float *buffer = scratch_take(&held, m * k * sizeof(float));
+  if (!buffer) return NULL;
   for (long row = 0, rows; row < m; row += rows) {
     rows = next_rows(most, m - row);
     float *out = buffer + row * k;

@@ -7,8 +7,6 @@
 /* INT8: one scale per output. INT4 and INT8_GROUPS: a scale (INT4: and a minimum) per output and 32 inputs. */
 enum { LINEAR_FP32 = 0, LINEAR_INT8 = 1, LINEAR_INT4 = 2, LINEAR_INT8_GROUPS = 3 };
 
-enum { GROUP = 32 }; /* inputs */
-
 typedef struct {
   long kind;            /* LINEAR_* */
   const void *panels;   /* packed weights: linear.c, integer.c */
@@ -16,17 +14,6 @@ typedef struct {
   const float *bias;    /* per output or NULL; n entries */
   long k, n;            /* inputs; outputs, a multiple of 16 */
 } linear_layer;
-
-/* Of a group in a panel of 8 outputs; quantised kinds. */
-static inline long group_bytes(long kind) {
-  return kind == LINEAR_INT4 ? 32 + GROUP * 4 : kind == LINEAR_INT8_GROUPS ? 16 + GROUP * 8 : GROUP * 8;
-}
-
-/* Of a panel of 8 outputs. */
-static inline long panel_bytes(const linear_layer *layer) {
-  if (layer->kind == LINEAR_FP32) return layer->k * 8 * (long)sizeof(float);
-  return (layer->k + GROUP - 1) / GROUP * group_bytes(layer->kind);
-}
 
 /* A product that the pool shares out: an item is `pairs_per_item` pairs of panels. */
 typedef struct {

@@ -10,7 +10,7 @@
 
 #include "pool.h"
 
-enum { MAX_THREADS = 64, SPINS_BEFORE_SLEEP = 8000, SPINS_BEFORE_YIELD = 20000 };
+enum { MAX_THREADS = 64, SPINS_BEFORE_SLEEP = 8000, SPINS_BEFORE_YIELD = 20000, CACHE_LINE = 64 };
 
 static struct {
   pthread_mutex_t caller, sleep;
@@ -105,4 +105,14 @@ void pool_run(item_fn function, void *arg, long num_items) {
   take_items();
   for (int spins = 0; atomic_load_explicit(&pool.done, memory_order_acquire) < num_items;)
     if (++spins < SPINS_BEFORE_YIELD) _mm_pause(); else sched_yield();
+}
+
+void *scratch_take(scratch *held, size_t size) {
+  if (held->size < size) {
+    free(held->memory);
+    held->size = (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    held->memory = aligned_alloc(CACHE_LINE, held->size);
+    if (!held->memory) held->size = 0;
+  }
+  return held->memory;
 }

@@ -8,6 +8,8 @@
 #ifndef REDRAFT_POOL_H
 #define REDRAFT_POOL_H
 
+#include <stddef.h>
+
 #define AVX2 __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) AVX2
 #define INTERNAL __attribute__((visibility("hidden")))
@@ -21,5 +23,13 @@ INTERNAL void pool_leave(void);
 INTERNAL int pool_threads(void);
 /* Run function(arg, 0 .. num_items - 1); the caller has entered the pool. */
 INTERNAL void pool_run(item_fn function, void *arg, long num_items);
+
+/* Working memory that only grows, aligned to a cache line. Static ones begin empty. */
+typedef struct {
+  void *memory;
+  size_t size;
+} scratch;
+/* At least `size` bytes of any contents, valid until the next call; the caller has entered the pool. NULL: none left. */
+INTERNAL void *scratch_take(scratch *held, size_t size);
 
 #endif

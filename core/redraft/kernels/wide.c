@@ -6,12 +6,11 @@
 #include "wide.h"
 
 #include <immintrin.h>
-#include <stdint.h>
 
 enum { LANES = 16, PANEL = 8 };
 enum { K_BLOCK = 64, AHEAD = 512, REGISTERS = 24, STEP_BYTES = 4 * PANEL };
 
-#define KERNEL __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
+#define KERNEL __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
 #define INLINED static inline __attribute__((always_inline)) KERNEL
 
 typedef struct {

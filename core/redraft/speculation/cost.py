@@ -75,12 +75,11 @@ def measure_cost(
     `run` says where a pass is run: here, or between the steps of an engine that is at work.
     """
     block_ids = range(min(runner.num_blocks, -(-max(_WARM_UP_SIZES) // runner.block_size)))
-    chunks = {size: Chunk([0] * size, 0, block_ids, size) for size in _WARM_UP_SIZES}
-    fitting = {size: chunk for size, chunk in chunks.items() if size <= len(block_ids) * runner.block_size}
-    best = dict.fromkeys(fitting, math.inf)
+    sizes = [size for size in _WARM_UP_SIZES if size <= len(block_ids) * runner.block_size]
+    best = dict.fromkeys(sizes, math.inf)
     for _ in range(_WARM_UP_ROUNDS):  # one size after the other, so that a busy moment of the machine hits all
-        for size, chunk in fitting.items():
-            best[size] = min(best[size], run(functools.partial(_timed, runner, chunk)))
+        for size in sizes:
+            best[size] = min(best[size], run(functools.partial(_timed, runner, Chunk([0] * size, 0, block_ids, size))))
     cost = StepCost()
     for size, seconds in best.items():
         cost.observe(size, seconds)

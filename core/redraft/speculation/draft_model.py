@@ -15,7 +15,7 @@ from redraft.sampling.coupling import draw, keyed_race
 from redraft.sampling.params import Coupling
 from redraft.sampling.processors import adjusted_logits, peaks, probabilities, sure_peaks
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
-from redraft.speculation.length import LengthController
+from redraft.speculation.length import PENDING, LengthController
 from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, SequenceProposal, nothing_proposed
 from redraft.speculation.state import SequenceState
 
@@ -60,12 +60,12 @@ class DraftModelProposer:
         missing = [self._num_missing(state) for state in states]
         if self.length is not None:
             limits = self.length.allow(states, limits, missing)
-        ready = self._catch_up(states, limits)
+        ready = self._catch_up(states, limits, missing)
         if not ready:
             return nothing_proposed(len(states), self.runner.vocab_size, self.runner.device)
         are_all = sum(map(bool, limits)) == len(ready)
-        # one or two tokens are pending in the usual step; prompts and the like would say nothing of the next one
-        is_usual = are_all and all(missing[i] <= 2 for i in ready)
+        # prompts and the like would say nothing of the next step
+        is_usual = are_all and all(missing[i] <= PENDING for i in ready)
         drafts = {index: _Draft(states[index], limits[index]) for index in ready}
         active = list(drafts.values())
         probs: list[Tensor] = []
@@ -125,7 +125,7 @@ class DraftModelProposer:
             self.length.observe(state, num_accepted, len(proposal.token_ids))
             self.length.confidence.observe(proposal.sureness, num_accepted, greedy=state.params.is_greedy)
 
-    def _catch_up(self, states: Sequence[SequenceState], limits: Sequence[int]) -> list[int]:
+    def _catch_up(self, states: Sequence[SequenceState], limits: Sequence[int], missing: Sequence[int]) -> list[int]:
         """Indices of the sequences that can draft in this step; ingests part of what others lack."""
         ready: list[int] = []
         chunks: list[Chunk] = []
@@ -137,14 +137,13 @@ class DraftModelProposer:
                 state.num_draft_marked_blocks = 0  # they are marked as another draft's
                 state.draft_rebuild_end = len(state.token_ids)
         # the least behind first, so that one long prompt does not keep everybody else from drafting
-        for index in sorted(asked, key=lambda i: _num_missing(states[i])):
+        for index in sorted(asked, key=missing.__getitem__):
             state = states[index]
-            missing = _num_missing(state)
             rebuilds = state.num_draft_computed < state.draft_rebuild_end
-            taken = min(missing, budget, rebuild_budget) if rebuilds else min(missing, budget)
+            taken = min(missing[index], budget, rebuild_budget) if rebuilds else min(missing[index], budget)
             budget -= taken
             rebuild_budget -= taken if rebuilds else 0
-            if taken == missing:
+            if taken == missing[index]:
                 ready.append(index)
             elif taken > 0:
                 start = state.num_draft_computed
@@ -155,8 +154,8 @@ class DraftModelProposer:
         return ready
 
     def _num_missing(self, state: SequenceState) -> int:
-        """Tokens whose KV is missing, of this draft; at least 1."""
-        return len(state.token_ids) if state.draft_epoch != self.epoch else _num_missing(state)
+        """Tokens whose KV of this draft is missing; at least 1."""
+        return len(state.token_ids) - (state.num_draft_computed if state.draft_epoch == self.epoch else 0)
 
     def _ingest_pending(self, states: Sequence[SequenceState]) -> Tensor:
         """Run every token the draft has not seen; logits after the last one, [sequences, vocab_size]."""
@@ -188,11 +187,6 @@ class _Draft:
             return NOTHING
         parts = (tuple(self.tokens), tuple(self.rows), proposer.name, proposer.version, tuple(self.sureness))
         return SequenceProposal(*parts)
-
-
-def _num_missing(state: SequenceState) -> int:
-    """Tokens whose draft KV is missing; at least 1."""
-    return len(state.token_ids) - state.num_draft_computed
 
 
 @dataclass(frozen=True, slots=True)

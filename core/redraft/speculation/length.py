@@ -16,6 +16,8 @@ from redraft.speculation.confidence import Confidence
 from redraft.speculation.cost import StepCost
 from redraft.speculation.state import SequenceState
 
+PENDING = 2  # tokens that a draft has not seen after a usual step, at most
+
 _FORGET = 0.9  # weight of a step's acceptance after one more step
 _PRIOR_WEIGHT = 4.0  # tested positions that the batch-wide acceptance counts for in a young sequence
 _HYSTERESIS = 1.02  # a different k must promise this much more goodput
@@ -23,7 +25,6 @@ _LEAST_REACH = 2  # drafted tokens per sequence over which the price of one is t
 _FIRST_PROBE, _LAST_PROBE = 32, 512  # steps in which nothing was verified before one token is tried again
 _PROBE_SHARE = 0.01  # of the time of those steps, for the draft to read what it has not seen
 _TRIAL_STRIDE = 8  # tokens of a sequence in which one is drafted at least, while its draft is on trial
-_PENDING = 2  # tokens that the draft has not seen after a usual step, at most
 _LEAST_AHEAD = 16  # tokens that an answer is taken to go on for, besides as many as it has
 _LEAST_READ = 32  # tokens at once that tell how fast the draft reads
 _READING_RATE = 0.2  # of the moving average of that
@@ -157,10 +158,10 @@ class LengthController:
 
     def _saving_by_picking(self, num_sequences: int) -> float:
         """Share of the time of plain decoding that a pass saves of which only the tokens are verified that are worth
-        it, where any fixed k loses. Negative if this loses too."""
+        it, where any fixed k loses. 0 if this loses too."""
         around = self._tokens_in(self._around_passes.estimate(num_sequences)) / num_sequences
-        gain = self.confidence.surplus(self.token_price) - self.pass_price(num_sequences) - around
-        return gain / (1.0 + gain) if gain > 0.0 else gain
+        gain = max(self.confidence.surplus(self.token_price) - self.pass_price(num_sequences) - around, 0.0)
+        return gain / (1.0 + gain)
 
     def _is_due(self, state: SequenceState) -> bool:
         """Whether the sequence has gone on for long without a word of its draft being verified."""
@@ -170,7 +171,7 @@ class LengthController:
     def _is_worth_reading(self, state: SequenceState, num_missing: int, saving: float, num_sequences: int) -> bool:
         """Whether drafting saves more on what is ahead of a sequence than the draft takes to read what it has not seen
         of it. How long an answer will be nobody knows: as long again as it is by now, as a rule."""
-        if saving <= 0.0 or num_missing <= _PENDING or self.is_on_trial:
+        if saving <= 0.0 or num_missing <= PENDING or self.is_on_trial:
             return saving > 0.0
         ahead = _LEAST_AHEAD + state.num_output_tokens
         return self._reading(num_missing) < saving * ahead * self.target_cost.estimate(num_sequences) / num_sequences
