@@ -16,6 +16,9 @@ typedef struct {
   const int32_t *blocks;        /* [segments, table_width] block ids */
   long query_stride, heads, kv_heads, head_dim, num_slots, block_size, table_width, window; /* window 0: none */
   float scale, softcap;                                                       /* softcap 0: none */
+  /* what follows is the kernel's own */
+  long num_tasks, part_size;
+  float *parts;
   atomic_int failed;
 } attention_job;
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -40,34 +41,73 @@ def attention_reference(
     return result
 
 
+SEGMENTS = [(0, 3, 0), (3, 1, 17), (4, 19, 10)]  # first token, length, position of the first
+LONG_SEGMENTS = [(0, 3, 126), (3, 1, 383), (4, 19, 250)]  # across the spans that the kernel takes a context in
+
+
+class Attention:
+    """Native attention and the naive one on random queries over one random cache, whose blocks lie in any order."""
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, segments: Sequence[tuple[int, int, int]]) -> None:
+        lengths = [-(-(start + length) // BLOCK_SIZE) for _, length, start in segments]
+        shuffled = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(3)).to(torch.int32)
+        self.segments = segments
+        self.tables = shuffled.split(lengths)
+        self.query = random(sum(length for _, length, _ in segments), heads, head_dim, seed=6)
+        shape = (kv_heads, len(shuffled) * BLOCK_SIZE, head_dim)
+        self.keys, self.values = random(*shape, seed=4), random(*shape, seed=5)
+        self.scale = head_dim**-0.5
+
+    def native(self, kernels: CpuKernels, members: Sequence[int], window: int | None, softcap: float | None) -> Tensor:
+        """Of these segments, one after the other; the same one may come again."""
+        lengths = [self.segments[i][1] for i in members]
+        firsts = list(itertools.accumulate(lengths, initial=0))
+        rows = [(first, self.segments[i][1], self.segments[i][2]) for first, i in zip(firsts, members, strict=False)]
+        blocks = torch.nn.utils.rnn.pad_sequence([self.tables[i] for i in members], batch_first=True)
+        query = torch.cat([self.query[self.segments[i][0] :][: self.segments[i][1]] for i in members])
+        return kernels.attention(
+            query, self.keys, self.values, attention_items(rows), blocks,
+            block_size=BLOCK_SIZE, window=window, scale=self.scale, softcap=softcap,
+        )  # fmt: skip
+
+    def naive(self, member: int, window: int | None, softcap: float | None) -> Tensor:
+        first, length, start = self.segments[member]
+        table = self.tables[member].long().unsqueeze(1)
+        slots = (table * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[: start + length]
+        query = self.query[first : first + length]
+        return attention_reference(
+            query, self.keys[:, slots], self.values[:, slots], start, self.scale, window, softcap
+        )
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(4, 2, 8), (9, 3, 64), (2, 2, 24), (2, 1, 128), (1, 1, 256)]
 )
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0), (3, 2.0)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (130, None), (None, 3.0), (3, 2.0)])
+@pytest.mark.parametrize("segments", [SEGMENTS, LONG_SEGMENTS], ids=["short", "long"])
 def test_attention_equals_a_naive_reference(
-    kernels: CpuKernels, heads: int, kv_heads: int, head_dim: int, window: int | None, softcap: float | None
+    kernels: CpuKernels,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    softcap: float | None,
+    segments: list[tuple[int, int, int]],
 ) -> None:
-    segments = [(0, 3, 0), (3, 1, 17), (4, 19, 10)]  # first token, length, position of the first
-    tables = [[5], [9, 1, 8, 2, 30], [3, 4, 6, 7, 10, 11, 12, 13]]
-    keys, values = (
-        random(kv_heads, 40 * BLOCK_SIZE, head_dim, seed=4),
-        random(kv_heads, 40 * BLOCK_SIZE, head_dim, seed=5),
-    )
-    query = random(23, heads, head_dim, seed=6)
-    blocks = torch.zeros(3, 8, dtype=torch.int32)
-    for row, table in zip(blocks, tables, strict=True):
-        row[: len(table)] = torch.tensor(table)
-    scale = head_dim**-0.5
-    ours = kernels.attention(
-        query, keys, values, attention_items(segments), blocks,
-        block_size=BLOCK_SIZE, window=window, scale=scale, softcap=softcap,
-    )  # fmt: skip
-    for (first, length, start), table in zip(segments, tables, strict=True):
-        slots = (torch.tensor(table).unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[: start + length]
-        expected = attention_reference(
-            query[first : first + length], keys[:, slots], values[:, slots], start, scale, window, softcap
-        )
-        torch.testing.assert_close(ours[first : first + length], expected, rtol=2e-6, atol=2e-6)
+    case = Attention(heads, kv_heads, head_dim, segments)
+    ours = case.native(kernels, range(len(segments)), window, softcap)
+    expected = torch.cat([case.naive(i, window, softcap) for i in range(len(segments))])
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5, 130, 200])
+def test_attention_is_bitwise_the_same_however_it_is_shared_out(kernels: CpuKernels, window: int | None) -> None:
+    """Alone a sequence is cut into spans for several threads; among many each is one thread's."""
+    case = Attention(9, 3, 64, LONG_SEGMENTS)
+    for member, (_, length, _) in enumerate(LONG_SEGMENTS):
+        alone = case.native(kernels, [member], window, None)
+        crowd = case.native(kernels, [member] * (16 * kernels.start_pool(2)), window, None)
+        assert all(torch.equal(each, alone) for each in crowd.split(length))
 
 
 @pytest.fixture(params=["native", "torch"])
