@@ -25,6 +25,7 @@ _LEAST_REACH = 2  # drafted tokens per sequence over which the price of one is t
 _FIRST_PROBE, _LAST_PROBE = 32, 512  # steps in which nothing was verified before one token is tried again
 _PROBE_SHARE = 0.01  # of the time of those steps, for the draft to read what it has not seen
 _TRIAL_STRIDE = 8  # tokens of a sequence in which one is drafted at least, while its draft is on trial
+_REFUSAL = 8  # steps that a decision not to draft stands for: where a pass is short, deciding is 2 % of it
 _LEAST_AHEAD = 16  # tokens that an answer is taken to go on for, besides as many as it has
 _LEAST_READ = 32  # tokens at once that tell how fast the draft reads
 _READING_RATE = 0.2  # of the moving average of that
@@ -83,6 +84,8 @@ class LengthController:
         self._idle_steps = 0
         self._idle_seconds = 0.0
         self._probe_after = _FIRST_PROBE
+        self._refused_steps = 0  # for which nothing will be drafted, whatever
+        self._refused_for: tuple[int, ...] = ()  # the sequences, by identity
         self.is_on_trial = False  # two drafts are being compared: both must be measured, whether it pays or not
 
     def observe(self, state: SequenceState, num_accepted: int, num_drafted: int) -> None:
@@ -137,6 +140,14 @@ class LengthController:
         """
         if not any(limits):
             return [0] * len(limits)
+        batch_seconds = self.target_cost.estimate(len(states))
+        identities = tuple(map(id, states))
+        if self._is_still_refused(identities):
+            self._refused_steps -= 1
+            self._idle_steps += 1
+            self._idle_seconds += batch_seconds
+            return [0] * len(limits)
+        self._refused_steps = 0
         rates = [self.rate(state) for state in states]
         saving = self._saving if self._best(rates, limits) > 0 else self._saving_by_picking(len(states))
         worth = [
@@ -151,10 +162,18 @@ class LengthController:
             self._idle_steps += 1
             self._probe_after = _FIRST_PROBE
             return worth
-        self._idle_seconds += self.target_cost.estimate(len(states))
+        self._idle_seconds += batch_seconds
         asked = sum(num_missing for num_missing, limit in zip(missing, limits, strict=True) if limit > 0)
         is_earned = is_on or self._reading(asked) <= _PROBE_SHARE * self._idle_seconds
-        return self._probe(limits, is_earned=is_earned)
+        probe = self._probe(limits, is_earned=is_earned)
+        if not is_on and not any(probe):
+            self._refused_steps, self._refused_for = _REFUSAL - 1, identities
+        return probe
+
+    def _is_still_refused(self, identities: tuple[int, ...]) -> bool:
+        """Whether the last decision not to draft stands: for the same sequences, and if no probe is due."""
+        stands = self._refused_steps > 0 and self._refused_for == identities
+        return stands and not self.is_on_trial and self._idle_steps + 1 < self._probe_after
 
     def _saving_by_picking(self, num_sequences: int) -> float:
         """Share of the time of plain decoding that a pass saves of which only the tokens are verified that are worth

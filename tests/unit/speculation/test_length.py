@@ -176,6 +176,20 @@ def test_a_probe_has_no_price() -> None:
     assert controller.token_price > 0.5
 
 
+def test_a_decision_not_to_draft_stands_for_eight_steps_of_the_same_sequences() -> None:
+    controller = LengthController("draft", linear(1.0), flat(1.0))
+    state, other = sequence(0.9), sequence(0.9)
+    assert controller.allow([state], [4], [1]) == [0]
+    controller.target_cost, controller.draft_cost = flat(1.0), flat(0.01)  # now it would pay
+    assert [controller.allow([state], [4], [1]) for _ in range(8)] == [[0]] * 7 + [[4]]
+
+    controller.target_cost, controller.draft_cost = linear(1.0), flat(1.0)
+    assert controller.allow([state], [4], [1]) == [0]
+    controller.target_cost, controller.draft_cost = flat(1.0), flat(0.01)
+    assert controller.allow([other], [4], [1]) == [4]
+    assert controller.allow([state], [4], [1]) == [4]
+
+
 def test_a_probe_waits_until_idle_steps_have_earned_what_the_draft_must_read() -> None:
     """500 tokens at 0.01 s: 1 % of 500 steps of a second."""
     controller = LengthController("draft", flat(1.0), flat(1.0))
