@@ -10,6 +10,7 @@ from ctypes import POINTER, byref, c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -270,16 +271,15 @@ class CpuKernels:
         _check(status)
         return ids
 
-    def peaks(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest of each row [rows, vocab_size] and its first id, [rows] int64; NaN and 0 where one is NaN."""
-        ids, values = torch.empty(scores.shape[0], dtype=torch.int64), torch.empty(scores.shape[0])
-        self._lib.redraft_peaks(scores.data_ptr(), *scores.shape, ids.data_ptr(), values.data_ptr(), None)
-        return values, ids
+    def peaks(self, scores: Tensor) -> tuple[list[float], list[int]]:
+        """The largest of each row [rows, vocab_size] and its first id; NaN and 0 where one is NaN."""
+        ids, values = _host_numbers(scores.shape[0], "q", "f")
+        self._lib.redraft_peaks(scores.data_ptr(), *scores.shape, ids.buffer_info()[0], values.buffer_info()[0], None)
+        return values.tolist(), ids.tolist()
 
     def sure_peaks(self, scores: Tensor) -> tuple[list[float], list[int]]:
-        """softmax's largest of each row [rows, vocab_size] and its first id, on the host."""
-        rows = scores.shape[0]
-        ids, values, shares = array("q", bytes(8 * rows)), array("f", bytes(4 * rows)), array("f", bytes(4 * rows))
+        """softmax's largest of each row [rows, vocab_size] and its first id."""
+        ids, values, shares = _host_numbers(scores.shape[0], "q", "f", "f")
         addresses = [each.buffer_info()[0] for each in (ids, values, shares)]
         self._lib.redraft_peaks(scores.data_ptr(), *scores.shape, *addresses)
         return shares.tolist(), ids.tolist()
@@ -373,6 +373,11 @@ def kernels_for(rows: Tensor) -> CpuKernels | None:
     """The kernels, if they can take these rows over a vocabulary as they are: float32 on the CPU, without gradient."""
     is_plain = rows.dtype is torch.float32 and rows.device.type == "cpu" and not rows.requires_grad
     return library() if is_plain else None
+
+
+def _host_numbers(count: int, *kinds: str) -> list[array[Any]]:
+    """Room for `count` numbers of each kind. Making a tensor takes longer where a pass has just emptied the caches."""
+    return [array(kind, bytes(count * array(kind).itemsize)) for kind in kinds]
 
 
 def _check(status: int) -> None:

@@ -68,14 +68,10 @@ class DraftedTokens:
 
     def probability_of_own_token(self) -> Tensor:
         """q(d) per drafted token, [drafted tokens] float32."""
-        return self.probability_of(self.token_ids)
-
-    def probability_of(self, token_ids: Tensor) -> Tensor:
-        """q of a given token per drafted token, [drafted tokens] int64 -> float32."""
-        certain = (token_ids == self.token_ids).float()
+        certain = torch.ones(len(self.token_ids), device=self.token_ids.device)
         if not len(self.probs):
             return certain
-        return torch.where(self.prob_row < 0, certain, self.probs[self.prob_row.clamp(min=0), token_ids])
+        return torch.where(self.prob_row < 0, certain, self.probs[self.prob_row.clamp(min=0), self.token_ids])
 
     def subtract_from_(self, rows: Tensor, drafts: Tensor) -> None:
         """rows[i] -= q of drafted token drafts[i], in place; rows [n, vocab_size], drafts [n] int64."""

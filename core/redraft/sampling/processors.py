@@ -59,13 +59,13 @@ def probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return result
 
 
-def peaks(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row of scores [rows, vocab_size] (NaN if one is NaN) and its id, both [rows]."""
+def peaks(scores: Tensor) -> tuple[list[float], list[int]]:
+    """The largest of each row of scores [rows, vocab_size] (NaN if one is NaN) and its id."""
     kernels = kernels_for(scores)
     if kernels is not None:
         return kernels.peaks(scores.contiguous())
     values, ids = scores.max(dim=1)
-    return values, ids
+    return values.tolist(), ids.tolist()
 
 
 def sure_peaks(scores: Tensor) -> tuple[list[float], list[int]]:

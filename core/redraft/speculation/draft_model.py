@@ -16,7 +16,15 @@ from redraft.sampling.params import Coupling
 from redraft.sampling.processors import adjusted_logits, peaks, probabilities, sure_peaks
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
 from redraft.speculation.length import PENDING, LengthController
-from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, SequenceProposal, nothing_proposed
+from redraft.speculation.proposer import (
+    CERTAIN,
+    NO_PROBS,
+    NOTHING,
+    Proposal,
+    SequenceProposal,
+    joined,
+    nothing_proposed,
+)
 from redraft.speculation.state import SequenceState
 
 
@@ -62,7 +70,7 @@ class DraftModelProposer:
             limits = self.length.allow(states, limits, missing)
         ready = self._catch_up(states, limits, missing)
         if not ready:
-            return nothing_proposed(len(states), self.runner.vocab_size, self.runner.device)
+            return nothing_proposed(len(states))
         are_all = sum(map(bool, limits)) == len(ready)
         # prompts and the like would say nothing of the next step
         is_usual = are_all and all(missing[i] <= PENDING for i in ready)
@@ -96,7 +104,7 @@ class DraftModelProposer:
         result = [drafts[i].proposal(self) if i in drafts else NOTHING for i in range(len(states))]
         if self.length is not None and is_usual:
             self.length.observe_proposal(len(ready), num_passes, time.perf_counter() - begun)
-        return Proposal(tuple(result), probs[0] if len(probs) == 1 else torch.cat(probs))
+        return Proposal(tuple(result), joined(probs))
 
     def _is_worth_a_token(self, draft: _Draft, sureness: float) -> bool:
         """Whether the next token's chance, known before it is drawn, pays for its verification."""
@@ -206,14 +214,14 @@ def _draw(logits: Tensor, drafts: Sequence[_Draft], is_worth: Callable[[_Draft, 
     sampled = [i for i, draft in enumerate(drafts) if not draft.is_greedy]
     sureness = [0.0] * len(drafts)
     choice: dict[int, int] = {}
-    q = logits[:0].float()
+    q = NO_PROBS
     if greedy:
         scores = adjusted_logits(_rows(logits, greedy), [rows[i] for i in greedy])
         for i, sure, token in zip(greedy, *sure_peaks(scores), strict=True):
             sureness[i], choice[i] = 0.0 if math.isnan(sure) else sure, token
     if sampled:
         q = probabilities(_rows(logits, sampled), [rows[i] for i in sampled])
-        for at, (i, sure) in enumerate(zip(sampled, peaks(q)[0].tolist(), strict=True)):
+        for at, (i, sure) in enumerate(zip(sampled, peaks(q)[0], strict=True)):
             sureness[i] = sure
             if math.isnan(sure):
                 # a draft whose logits overflow must cost acceptance, not correctness: its token is drawn uniformly

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
-from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, shifted
+from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, joined, shifted
 from redraft.speculation.state import SequenceState
 
 
@@ -19,7 +19,7 @@ class FallbackProposer:
 
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
         chosen = [NOTHING] * len(states)
-        probs: list[torch.Tensor] = []
+        probs: list[Tensor] = []
         num_rows = 0
         open_indices = [index for index, limit in enumerate(limits) if limit > 0]
         for proposer in self.proposers.values():
@@ -29,11 +29,10 @@ class FallbackProposer:
             for index, proposal in zip(open_indices, part.sequences, strict=True):
                 if proposal.token_ids:
                     chosen[index] = shifted(proposal, num_rows)
-            if len(part.probs):  # a proposer without a model says nothing about the device
-                probs.append(part.probs)
-                num_rows += len(part.probs)
+            probs.append(part.probs)
+            num_rows += len(part.probs)
             open_indices = [index for index in open_indices if not chosen[index].token_ids]
-        return Proposal(tuple(chosen), torch.cat(probs)) if probs else Proposal(tuple(chosen), torch.empty(0, 0))
+        return Proposal(tuple(chosen), joined(probs))
 
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
         self.proposers[proposal.proposer].settle(state, num_accepted, proposal)

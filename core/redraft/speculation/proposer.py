@@ -44,7 +44,7 @@ def shifted(proposal: SequenceProposal, offset: int) -> SequenceProposal:
 @dataclass(frozen=True, slots=True)
 class Proposal:
     sequences: tuple[SequenceProposal, ...]
-    probs: Tensor  # [model-proposed tokens, vocab_size] float32
+    probs: Tensor  # [model-proposed tokens, vocab_size] float32; `NO_PROBS` if all are certain
 
     def drafted_tokens(self, order: Sequence[int], device: torch.device | str) -> DraftedTokens:
         """The tokens of the sequences listed in `order`, flattened for the couplings, on the target's device."""
@@ -57,8 +57,19 @@ class Proposal:
         )
 
 
-def nothing_proposed(count: int, vocab_size: int, device: torch.device | str = "cpu") -> Proposal:
-    return Proposal((NOTHING,) * count, torch.empty(0, vocab_size, device=device))
+NO_PROBS = torch.empty(0, 0)
+
+
+def nothing_proposed(count: int) -> Proposal:
+    return Proposal((NOTHING,) * count, NO_PROBS)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The `probs` of several proposals, one after another; without a copy if only one has any."""
+    filled = [part for part in parts if len(part)]
+    if len(filled) > 1:
+        return torch.cat(filled)
+    return filled[0] if filled else NO_PROBS
 
 
 class Proposer(Protocol):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from redraft.speculation.draft_model import DraftModelProposer
-from redraft.speculation.proposer import NOTHING, Proposal, SequenceProposal, shifted
+from redraft.speculation.proposer import NOTHING, Proposal, SequenceProposal, joined, shifted
 from redraft.speculation.state import SequenceState
 
 NO_EPOCH = -1
@@ -75,10 +74,9 @@ class DraftRouter:
             part = self._drafts[version].propose([states[i] for i in members], [limits[i] for i in members])
             for index, proposal in zip(members, part.sequences, strict=True):
                 chosen[index] = shifted(proposal, num_rows)
-            if len(part.probs):
-                probs.append(part.probs)
-                num_rows += len(part.probs)
-        return Proposal(tuple(chosen), torch.cat(probs) if probs else torch.empty(0, 0))
+            probs.append(part.probs)
+            num_rows += len(part.probs)
+        return Proposal(tuple(chosen), joined(probs))
 
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
         self._drafts[proposal.draft_version].settle(state, num_accepted, proposal)

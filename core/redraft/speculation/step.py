@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -116,26 +117,26 @@ def speculative_step(
     if proposer is not None and any(w.max_draft for w in work):
         proposal = proposer.propose(states, [w.max_draft if w.emits else 0 for w in work])
     else:
-        proposal = nothing_proposed(len(work), target.vocab_size, target.device)
+        proposal = nothing_proposed(len(work))
     proposed = time.perf_counter()
 
     chunks = [_chunk(w, p) for w, p in zip(work, proposal.sequences, strict=True)]
     logits = target.forward(chunks)
-    rows = logits.split_with_sizes([c.num_logits for c in chunks])
+    ends = list(accumulate(chunk.num_logits for chunk in chunks))
     emitting = [i for i, w in enumerate(work) if w.emits]
     verdicts = verify(
         states,
         proposal,
         emitting,
-        _verified(proposal, emitting, logits, rows),
+        _verified(proposal, emitting, logits, ends),
         num_top=max((work[i].teacher_top_n for i in emitting), default=0),
         with_probs=observer is not None,
     )
 
     outputs: list[StepOutput] = []
     verified_now: list[Verified] = []
-    for i, (w, p, own_rows) in enumerate(zip(work, proposal.sequences, rows, strict=True)):
-        prompt_scores = _prompt_logprobs(w, own_rows)
+    for i, (w, p, chunk, end) in enumerate(zip(work, proposal.sequences, chunks, ends, strict=True)):
+        prompt_scores = _prompt_logprobs(w, logits, end - chunk.num_logits)
         verdict = verdicts.get(i)
         if verdict is None:
             w.state.num_computed += w.num_tokens
@@ -145,14 +146,13 @@ def speculative_step(
             outputs.append(StepOutput(failed=True))
             continue
         emitted = (*p.token_ids[: verdict.num_accepted], verdict.final_token)
-        verified = own_rows[-(len(p.token_ids) + 1) :]
         outputs.append(
             StepOutput(
                 emitted,
                 p,
                 verdict.num_accepted,
                 verdict.expected,
-                () if w.logprobs is None else token_logprobs(verified[: len(emitted)], list(emitted), w.logprobs),
+                _logprobs(w, logits, end - len(p.token_ids) - 1, emitted),
                 prompt_scores,
                 verdict.labels if w.teacher_top_n else (),
             )
@@ -181,19 +181,33 @@ def _chunk(work: Work, proposal: SequenceProposal) -> Chunk:
     return Chunk(tokens, state.num_computed, state.block_ids, num_logits)
 
 
-def _prompt_logprobs(work: Work, rows: Tensor) -> tuple[TokenLogprob, ...]:
-    """Scores of the prompt tokens that follow the positions computed in this step (the prompt's first has none)."""
+# Rows are sliced only where they are needed: a view is an operation of torch's, and a pass has just emptied the caches.
+
+
+def _logprobs(work: Work, logits: Tensor, first: int, emitted: Sequence[int]) -> tuple[TokenLogprob, ...]:
+    """Scores of the emitted tokens, if wanted, by the rows from `first` on."""
+    if work.logprobs is None:
+        return ()
+    return token_logprobs(logits[first : first + len(emitted)], list(emitted), work.logprobs)
+
+
+def _prompt_logprobs(work: Work, logits: Tensor, first_row: int) -> tuple[TokenLogprob, ...]:
+    """Scores of the prompt tokens that follow the positions computed in this step (the prompt's first has none), by the
+    rows from `first_row` on."""
     state = work.state
     if work.prompt_logprobs is None or state.num_computed >= state.num_prompt_tokens:
         return ()
     first = state.num_computed + 1
     scored = state.token_ids[first : min(first + work.num_tokens, state.num_prompt_tokens)]
-    return token_logprobs(rows[: len(scored)], scored, work.prompt_logprobs) if scored else ()
+    if not scored:
+        return ()
+    return token_logprobs(logits[first_row : first_row + len(scored)], scored, work.prompt_logprobs)
 
 
-def _verified(proposal: Proposal, members: Sequence[int], logits: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    """The rows that test these sequences' drafted tokens and the one after, in order; no copy if they are all."""
+def _verified(proposal: Proposal, members: Sequence[int], logits: Tensor, ends: Sequence[int]) -> Tensor:
+    """The rows that test these sequences' drafted tokens and the one after, in order; no copy if they are all. `ends`:
+    where each sequence's rows end."""
     counts = [len(proposal.sequences[i].token_ids) + 1 for i in members]
     if sum(counts) == len(logits):
         return logits
-    return torch.cat([logits[:0], *(rows[i][-count:] for i, count in zip(members, counts, strict=True))])
+    return torch.cat([logits[:0], *(logits[ends[i] - n : ends[i]] for i, n in zip(members, counts, strict=True))])

@@ -26,7 +26,7 @@ from redraft.sampling.logprobs import TeacherRow, teacher_rows
 from redraft.sampling.params import Coupling
 from redraft.sampling.processors import SamplingRow, adjusted_logits, peaks, probabilities
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
-from redraft.speculation.proposer import Proposal
+from redraft.speculation.proposer import CERTAIN, Proposal
 from redraft.speculation.state import SequenceState
 
 
@@ -85,7 +85,7 @@ def verify(
         choice, finite = [row.ids[0] for row in labels], [math.isfinite(row.logsumexp) for row in labels]
     else:
         largest, ids = peaks(logits)
-        choice, finite = ids.tolist(), [math.isfinite(value) for value in largest.tolist()]
+        choice, finite = ids, [math.isfinite(value) for value in largest]
 
     ends = accumulate(len(d) + 1 for d in drafts)
     rows_of = {i: range(end - len(d) - 1, end) for i, d, end in zip(members, drafts, ends, strict=True)}
@@ -127,7 +127,7 @@ def _judge_greedy(group: _Group, proposal: Proposal, with_probs: bool) -> tuple[
     choice = group.choice
     adjusted = adjusted_logits(group.logits, group.sampling)
     if adjusted is not group.logits:
-        choice = peaks(adjusted)[1].tolist()
+        choice = peaks(adjusted)[1]
     probs = None
     if with_probs:
         probs = torch.zeros_like(group.logits, dtype=torch.float32)
@@ -137,11 +137,13 @@ def _judge_greedy(group: _Group, proposal: Proposal, with_probs: bool) -> tuple[
 
 def _greedy_acceptance(choice: Sequence[int], group: _Group, proposal: Proposal) -> list[float]:
     """Expected acceptance at every drafted token where p is one-hot: q of the target's pick."""
-    if not any(group.drafts):
-        return []
-    device = group.logits.device
-    picks = torch.tensor(choice, device=device)[Layout.of([len(d) for d in group.drafts], device).draft_rows]
-    alphas: list[float] = proposal.drafted_tokens(group.members, device).probability_of(picks).tolist()
+    alphas: list[float] = []
+    first = 0
+    for i, draft in zip(group.members, group.drafts, strict=True):
+        picks = choice[first : first + len(draft)]
+        first += len(draft) + 1
+        for pick, token, row in zip(picks, draft, proposal.sequences[i].prob_rows, strict=True):
+            alphas.append(float(pick == token) if row == CERTAIN else float(proposal.probs[row, pick]))
     return alphas
 
 

@@ -120,11 +120,11 @@ def test_peaks_are_those_of_torch(kernels: CpuKernels, width: int) -> None:
     scores[4] = 1.5
     scores[5] = -torch.inf
     values, ids = peaks(scores)
-    assert bool(values[3].isnan())
+    assert math.isnan(values[3])
     whole = [i for i in range(20) if i != 3]
-    assert torch.equal(values[whole], scores[whole].amax(dim=1))
-    assert torch.equal(ids[whole], scores[whole].argmax(dim=1))
-    assert ids[[4, 5]].tolist() == [0, 0]
+    assert [values[i] for i in whole] == scores[whole].amax(dim=1).tolist()
+    assert [ids[i] for i in whole] == scores[whole].argmax(dim=1).tolist()
+    assert ids[4:6] == [0, 0]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -95,7 +95,9 @@ def test_a_batch_and_a_sequence_alone_draft_the_same() -> None:
         alone = proposer.propose([state], LIMITS[index : index + 1])
         assert alone.sequences[0].token_ids == together.sequences[index].token_ids
         rows = [row for row in together.sequences[index].prob_rows if row != CERTAIN]
-        torch.testing.assert_close(alone.probs, together.probs[rows], atol=2e-5, rtol=1e-4)
+        assert len(alone.probs) == len(rows)
+        if rows:
+            torch.testing.assert_close(alone.probs, together.probs[rows], atol=2e-5, rtol=1e-4)
 
 
 def test_a_draft_that_stops_proposes_the_beginning_of_what_it_would_have() -> None:
