@@ -41,9 +41,9 @@ def write(bench: Bench) -> None:
         f"Evaluation prompts, served by the target at temperature 0 (α, acceptance rate and mean acceptance length at "
         f"k = {K}: exactly what the server does, token for token) and at 0.7 with top-p 0.95 (α teacher-forced, the "
         "other two predicted from it). CPU s: processor time of the training, on one core that other jobs shared. "
-        "Results are kept from run to run; the machine named above is the last one's. Cycles, drift, learning rates "
-        "and the objectives of the draft of day 0 began with the *first general* draft, the one that came with the "
-        "package before the present one, `general` (docs/drafts.md)."
+        "Results are kept from run to run; the machine named above is the last one's. Cycles began with the general "
+        "draft that comes with the package; drift, learning rates, the objectives of the draft of day 0, and cycles "
+        "that say so, with the *first general* draft, the one before it (docs/drafts.md)."
     ]
     if found := by_experiment.get("domains"):
         parts += [
