@@ -27,6 +27,15 @@ def linear(k: int, n: int, *, bias: bool) -> nn.Linear:
     return layer
 
 
+def check_double_precision(packed: KernelLinear, x: Tensor, taken: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Its outputs are those of float64 over the weight [n, k] as it is stored and the activations as they are taken."""
+    ours, expected = packed(x), taken.double() @ weight.double().t()
+    if bias is not None:
+        expected += bias
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-4)
+    assert ours.shape == (*x.shape[:-1], len(weight))
+
+
 def check_any_company(packed: KernelLinear, k: int) -> None:
     """A row's result is bitwise the same whatever rows are beside it."""
     x = random(41, k, seed=3)

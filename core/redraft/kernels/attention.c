@@ -31,9 +31,6 @@ typedef struct {
   float *mixed;           /* [rows, head_dim] */
 } weighted;
 
-INLINE long least(long a, long b) { return a < b ? a : b; }
-INLINE long most(long a, long b) { return a > b ? a : b; }
-
 INLINE task task_of(const attention_job *job, long index) {
   const int32_t *item = job->items + index / job->kv_heads * 4;
   long kv_head = index % job->kv_heads, group = job->heads / job->kv_heads;
@@ -45,15 +42,15 @@ INLINE task task_of(const attention_job *job, long index) {
 
 /* The spans [*first, *end) of which the task sees anything. */
 INLINE void spans_of(const attention_job *job, const task *t, long *first, long *end) {
-  *first = job->window > 0 ? most(t->start + 1 - job->window, 0) / SPAN : 0;
+  *first = job->window > 0 ? larger(t->start + 1 - job->window, 0) / SPAN : 0;
   *end = (t->start + t->queries - 1) / SPAN + 1;
 }
 
 /* The positions [*first, *end) of a span that a query sees. */
 INLINE void seen(const attention_job *job, const task *t, long query, long span, long *first, long *end) {
   long own = t->start + query + 1;
-  *first = most(span * SPAN, job->window > 0 ? own - job->window : 0);
-  *end = least((span + 1) * SPAN, own);
+  *first = larger(span * SPAN, job->window > 0 ? own - job->window : 0);
+  *end = smaller((span + 1) * SPAN, own);
 }
 
 INLINE weighted weighted_at(float *memory, long rows) {
@@ -107,7 +104,7 @@ INLINE void exponentiate(float *scores, long count, float *highest, float *total
 /* mixed += weights times `count` values that follow one another */
 INLINE void mix(const float *weights, const float *value, long count, float *mixed, int dim) {
   for (int from = 0; from < dim; from += WIDTH) {
-    int vectors = (dim - from < WIDTH ? dim - from : WIDTH) / 8;
+    int vectors = (int)smaller(dim - from, WIDTH) / 8;
     __m256 sums[WIDTH / 8];
     for (int v = 0; v < vectors; v++) sums[v] = _mm256_loadu_ps(mixed + from + 8 * v);
     for (long j = 0; j < count; j++) {
@@ -123,26 +120,37 @@ INLINE void mix(const float *weights, const float *value, long count, float *mix
 INLINE const float *run_at(const attention_job *job, const task *t, const float *memory, long position, long end,
                            long *next) {
   long offset = position % job->block_size;
-  *next = least(position + job->block_size - offset, end);
+  *next = smaller(position + job->block_size - offset, end);
   return memory + (t->table[position / job->block_size] * job->block_size + offset) * job->head_dim;
+}
+
+/* How many positions of a run [position, next) a query sees of a span: where the first one stands in the run, and where
+ * among the scores of the span. 0 or less: none. */
+INLINE long part_of_run(const attention_job *job, const task *t, long query, long span, long position, long next,
+                        long *in_run, long *in_scores) {
+  long first, end;
+  seen(job, t, query, span, &first, &end);
+  long from = larger(first, position);
+  *in_run = from - position, *in_scores = from - first;
+  return smaller(end, next) - from;
 }
 
 /* All rows over one span. `scores`: [rows, SCORES]. */
 INLINE void attend_span(const attention_job *job, const task *t, long span, float *scores, weighted result, int dim) {
-  long begin = span * SPAN, end = least(begin + SPAN, t->start + t->queries), first, last;
+  long begin = span * SPAN, end = smaller(begin + SPAN, t->start + t->queries), in_run, in_scores;
   for (long position = begin, next; position < end; position = next) {
     const float *keys = run_at(job, t, t->keys, position, end, &next);
     for (long query = 0; query < t->queries; query++) {
-      seen(job, t, query, span, &first, &last);
-      long from = most(first, position), count = least(last, next) - from;
+      long count = part_of_run(job, t, query, span, position, next, &in_run, &in_scores);
       const float *q = job->query + (t->first_token + query) * job->query_stride + t->first_head * dim;
-      float *own = scores + query * t->group * SCORES + from - first;
+      float *own = scores + query * t->group * SCORES + in_scores;
       for (long head = 0; count > 0 && head < t->group; head++)
-        score(job, q + head * dim, keys + (from - position) * dim, count, own + head * SCORES, dim);
+        score(job, q + head * dim, keys + in_run * dim, count, own + head * SCORES, dim);
     }
   }
   memset(result.mixed, 0, t->rows * dim * sizeof(float));
   for (long row = 0, query = 0; query < t->queries; query++) {
+    long first, last;
     seen(job, t, query, span, &first, &last);
     for (long head = 0; head < t->group; head++, row++) {
       result.total[row] = 0.0f;
@@ -152,10 +160,9 @@ INLINE void attend_span(const attention_job *job, const task *t, long span, floa
   for (long position = begin, next; position < end; position = next) {
     const float *values = run_at(job, t, t->values, position, end, &next);
     for (long query = 0; query < t->queries; query++) {
-      seen(job, t, query, span, &first, &last);
-      long from = most(first, position), count = least(last, next) - from, row = query * t->group;
+      long count = part_of_run(job, t, query, span, position, next, &in_run, &in_scores), row = query * t->group;
       for (long end_row = row + t->group; count > 0 && row < end_row; row++)
-        mix(scores + row * SCORES + from - first, values + (from - position) * dim, count, result.mixed + row * dim, dim);
+        mix(scores + row * SCORES + in_scores, values + in_run * dim, count, result.mixed + row * dim, dim);
     }
   }
 }
@@ -251,17 +258,18 @@ AVX2 static int plan_parts(attention_job *job, long *num_spans) {
   static scratch held;
   long rows = 0;
   *num_spans = 1;
+  job->parts = NULL;
+  if (job->num_tasks >= TASKS_PER_THREAD * pool_threads()) return 0;
   for (long index = 0; index < job->num_tasks; index += job->kv_heads) {
     task t = task_of(job, index);
     long first, end;
     spans_of(job, &t, &first, &end);
-    *num_spans = most(*num_spans, end - first);
-    rows = most(rows, t.rows);
+    *num_spans = larger(*num_spans, end - first);
+    rows = larger(rows, t.rows);
   }
-  job->parts = NULL;
   job->part_size = weighted_size(rows, job->head_dim);
   size_t size = *num_spans * job->num_tasks * job->part_size * sizeof(float);
-  if (*num_spans == 1 || job->num_tasks >= TASKS_PER_THREAD * pool_threads() || size > MOST_PARTS) return 0;
+  if (*num_spans == 1 || size > MOST_PARTS) return 0;
   job->parts = scratch_take(&held, size);
   return job->parts ? 0 : -1;
 }

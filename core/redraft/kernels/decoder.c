@@ -65,8 +65,7 @@ typedef struct {
 
 static void rows_item(void *arg, long item) {
   const rows_job *job = arg;
-  long row = item * ROWS_PER_ITEM, end = row + ROWS_PER_ITEM;
-  if (end > job->pass->rows) end = job->pass->rows;
+  long row = item * ROWS_PER_ITEM, end = smaller(row + ROWS_PER_ITEM, job->pass->rows);
   for (; row < end; row++) job->function(job->pass, row);
 }
 
@@ -177,7 +176,7 @@ static long plan_attention(const pass *p, const chunk *chunks, long num_chunks, 
   long count = 0, first = 0;
   for (const chunk *c = chunks; c < chunks + num_chunks; first += c++->length)
     for (long done = only_wanted ? c->length - c->wanted : 0; done < c->length; done += QUERIES_PER_ITEM) {
-      long queries = c->length - done < QUERIES_PER_ITEM ? c->length - done : QUERIES_PER_ITEM;
+      long queries = smaller(c->length - done, QUERIES_PER_ITEM);
       int32_t item[4] = {(int32_t)(first + done), (int32_t)queries, (int32_t)(c->start + done), c->table};
       memcpy(p->items + 4 * count++, item, sizeof item);
     }
@@ -241,16 +240,14 @@ static int run(pass *p, const chunk *chunks, long num_chunks, long num_wanted) {
 
 /* ---- setting one up ---- */
 
-static long max(long a, long b) { return a > b ? a : b; }
-
 /* Share out working memory for `p->rows` rows; 0, or -1 if it ran out. */
 static int allocate(pass *p, long num_wanted) {
   static scratch held;
   const decoder *model = p->model;
-  long narrow = max(model->hidden, model->heads * model->head_dim), wide = model->hidden;
+  long narrow = larger(model->hidden, model->heads * model->head_dim), wide = model->hidden;
   for (long i = 0; i < model->num_layers; i++) {
-    narrow = max(narrow, model->layers[i].down.k);
-    wide = max(wide, max(model->layers[i].qkv.n, model->layers[i].gate_up.n));
+    narrow = larger(narrow, model->layers[i].down.k);
+    wide = larger(wide, larger(model->layers[i].qkv.n, model->layers[i].gate_up.n));
   }
   long rows = (p->rows + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* every part stays aligned */
   long outputs = model->output_ids ? num_wanted * model->head.n : 0;

@@ -74,7 +74,7 @@ KERNEL static void round_group(const float *x, int16_t *a, float *unit, float *s
 
 static void round_rows(void *arg, long item) {
   const rounded_rows *rows = arg;
-  long row = item * ROWS_PER_ITEM, end = row + ROWS_PER_ITEM < rows->m ? row + ROWS_PER_ITEM : rows->m;
+  long row = item * ROWS_PER_ITEM, end = smaller(row + ROWS_PER_ITEM, rows->m);
   for (; row < end; row++)
     for (long g = 0; g < rows->groups; g++) {
       long left = rows->k - g * GROUP, at = row * rows->groups + g;

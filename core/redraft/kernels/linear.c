@@ -161,7 +161,7 @@ static void one_pair(const linear_job *job, long pair) {
   /* fetch the next two panels, or the next block in as many shares as there are passes */
   long pace = in_one_pass ? STEP_BYTES : STEP_BYTES / ((m + most - 1) / most);
   for (long first = 0, steps; first < k; first += steps, low += steps * WIDTH, high += steps * WIDTH) {
-    steps = k - first < block ? k - first : block;
+    steps = smaller(k - first, block);
     long ahead = (in_one_pass ? 2 * k : steps) * STEP_BYTES;
     for (long row = 0, rows; row < m; row += rows, ahead += pace * steps) {
       rows = next_rows(most, m - row);

@@ -16,6 +16,9 @@
 
 typedef void (*item_fn)(void *arg, long item);
 
+static inline long smaller(long a, long b) { return a < b ? a : b; }
+static inline long larger(long a, long b) { return a > b ? a : b; }
+
 /* Wait for the pool; the caller has it to itself until `pool_leave`. Returns its number of threads. */
 INTERNAL int pool_enter(void);
 INTERNAL void pool_leave(void);

@@ -141,7 +141,7 @@ typedef struct {
 
 /* Of the block of x [n] that begins at `start`. */
 INLINE double block_sum(const float *x, long start, long n) {
-  long end = start + BLOCK < n ? start + BLOCK : n;
+  long end = smaller(start + BLOCK, n);
   __m256d sum = _mm256_setzero_pd();
   long i = start;
   for (; i + 8 <= end; i += 8) sum = add_wide(sum, _mm256_loadu_ps(x + i));

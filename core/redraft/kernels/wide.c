@@ -95,7 +95,7 @@ KERNEL void wide_item(void *arg, long item) {
   for (int pairs; pair < end; pair += pairs) {
     pairs = pair + 1 < end ? 2 : 1;
     for (long first = 0, steps; first < k; first += steps) {
-      steps = k - first < most ? k - first : most;
+      steps = smaller(k - first, most);
       fetching fetch = {passes > 1 ? STEP_BYTES * steps : AHEAD, pace};
       for (long row = 0, rows; row < job->m; row += rows, fetch.ahead += pace * steps) {
         rows = next_rows(WIDE_ROWS, job->m - row);

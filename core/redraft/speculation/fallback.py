@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, joined, shifted
+from redraft.speculation.proposer import Gathered, Proposal, Proposer, SequenceProposal
 from redraft.speculation.state import SequenceState
 
 
@@ -18,21 +16,15 @@ class FallbackProposer:
         self.name = "+".join(self.proposers)
 
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
-        chosen = [NOTHING] * len(states)
-        probs: list[Tensor] = []
-        num_rows = 0
+        gathered = Gathered(len(states))
         open_indices = [index for index, limit in enumerate(limits) if limit > 0]
         for proposer in self.proposers.values():
             if not open_indices:
                 break
             part = proposer.propose([states[i] for i in open_indices], [limits[i] for i in open_indices])
-            for index, proposal in zip(open_indices, part.sequences, strict=True):
-                if proposal.token_ids:
-                    chosen[index] = shifted(proposal, num_rows)
-            probs.append(part.probs)
-            num_rows += len(part.probs)
-            open_indices = [index for index in open_indices if not chosen[index].token_ids]
-        return Proposal(tuple(chosen), joined(probs))
+            gathered.add(open_indices, part)
+            open_indices = [index for index in open_indices if not gathered.chosen[index].token_ids]
+        return gathered.proposal()
 
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
         self.proposers[proposal.proposer].settle(state, num_accepted, proposal)

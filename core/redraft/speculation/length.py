@@ -144,9 +144,8 @@ class LengthController:
         identities = tuple(map(id, states))
         if self._is_still_refused(identities):
             self._refused_steps -= 1
-            self._idle_steps += 1
             self._idle_seconds += batch_seconds
-            return [0] * len(limits)
+            return self._probe(limits)  # which is not due
         self._refused_steps = 0
         rates = [self.rate(state) for state in states]
         saving = self._saving if self._best(rates, limits) > 0 else self._saving_by_picking(len(states))

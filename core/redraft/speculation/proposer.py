@@ -33,14 +33,6 @@ class SequenceProposal:
 NOTHING = SequenceProposal()
 
 
-def shifted(proposal: SequenceProposal, offset: int) -> SequenceProposal:
-    """The same proposal with its rows moved by `offset`, for when several are put together."""
-    if offset == 0:
-        return proposal
-    rows = tuple(row if row == CERTAIN else row + offset for row in proposal.prob_rows)
-    return replace(proposal, prob_rows=rows)
-
-
 @dataclass(frozen=True, slots=True)
 class Proposal:
     sequences: tuple[SequenceProposal, ...]
@@ -70,6 +62,33 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     if len(filled) > 1:
         return torch.cat(filled)
     return filled[0] if filled else NO_PROBS
+
+
+class Gathered:
+    """Proposals for parts of a batch of `count` sequences, put together; NOTHING for sequences that are in none."""
+
+    def __init__(self, count: int) -> None:
+        self.chosen = [NOTHING] * count
+        self._probs: list[Tensor] = []
+        self._num_rows = 0
+
+    def add(self, members: Sequence[int], part: Proposal) -> None:
+        """What was proposed for the sequences at these indices."""
+        for index, proposal in zip(members, part.sequences, strict=True):
+            self.chosen[index] = _shifted(proposal, self._num_rows)
+        self._probs.append(part.probs)
+        self._num_rows += len(part.probs)
+
+    def proposal(self) -> Proposal:
+        return Proposal(tuple(self.chosen), joined(self._probs))
+
+
+def _shifted(proposal: SequenceProposal, offset: int) -> SequenceProposal:
+    """The same proposal with its rows moved by `offset`."""
+    if offset == 0:
+        return proposal
+    rows = tuple(row if row == CERTAIN else row + offset for row in proposal.prob_rows)
+    return replace(proposal, prob_rows=rows)
 
 
 class Proposer(Protocol):

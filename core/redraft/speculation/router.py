@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from redraft.speculation.draft_model import DraftModelProposer
-from redraft.speculation.proposer import NOTHING, Proposal, SequenceProposal, joined, shifted
+from redraft.speculation.proposer import Gathered, Proposal, SequenceProposal
 from redraft.speculation.state import SequenceState
 
 NO_EPOCH = -1
@@ -67,16 +65,11 @@ class DraftRouter:
         for index, limit in enumerate(limits):
             if limit > 0 and (draft := self._draft_of(states[index])) is not None:
                 groups.setdefault(draft.version, []).append(index)
-        chosen: list[SequenceProposal] = [NOTHING] * len(states)
-        probs: list[Tensor] = []
-        num_rows = 0
+        gathered = Gathered(len(states))
         for version, members in groups.items():
             part = self._drafts[version].propose([states[i] for i in members], [limits[i] for i in members])
-            for index, proposal in zip(members, part.sequences, strict=True):
-                chosen[index] = shifted(proposal, num_rows)
-            probs.append(part.probs)
-            num_rows += len(part.probs)
-        return Proposal(tuple(chosen), joined(probs))
+            gathered.add(members, part)
+        return gathered.proposal()
 
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
         self._drafts[proposal.draft_version].settle(state, num_accepted, proposal)

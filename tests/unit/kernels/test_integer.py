@@ -10,7 +10,15 @@ from redraft.kernels.library import GROUP, CpuKernels
 from redraft.models.groups import Groups, nearest_groups
 from redraft.models.packed import GroupLinear, Int8Linear, KernelLinear
 from redraft.models.quantised import dequantise, quantise
-from tests.linear_layers import ROWS, SHAPES, check_any_company, check_nothing_behind, linear, random
+from tests.linear_layers import (
+    ROWS,
+    SHAPES,
+    check_any_company,
+    check_double_precision,
+    check_nothing_behind,
+    linear,
+    random,
+)
 
 KINDS = [None, 4, 8]
 
@@ -44,12 +52,8 @@ def test_int8_equals_double_precision_over_rounded_activations(
 ) -> None:
     layer = linear(k, n, bias=bias)
     x = random(2, rows, k, seed=2)
-    ours = Int8Linear(layer, kernels)(x)
-    expected = rounded(x) @ dequantise(*quantise(layer.weight)).double().t()
-    if bias:
-        expected += layer.bias
-    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-4)
-    assert ours.shape == (2, rows, n)
+    weight = dequantise(*quantise(layer.weight))
+    check_double_precision(Int8Linear(layer, kernels), x, rounded(x), weight, layer.bias)
 
 
 @pytest.mark.parametrize(("k", "n"), SHAPES)

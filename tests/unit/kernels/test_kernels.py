@@ -15,12 +15,9 @@ from redraft.models import packed as packed_module
 from redraft.models.packed import NativeLinear, OneDnnLinear, pack_linears
 from redraft.models.runner import Chunk, ModelRunner
 from tests.fakes import ARCHITECTURES, tiny_model
+from tests.linear_layers import random
 
 BLOCK_SIZE = 4
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def attention_reference(
@@ -61,8 +58,8 @@ class Attention:
     def native(self, kernels: CpuKernels, members: Sequence[int], window: int | None, softcap: float | None) -> Tensor:
         """Of these segments, one after the other; the same one may come again."""
         lengths = [self.segments[i][1] for i in members]
-        firsts = list(itertools.accumulate(lengths, initial=0))
-        rows = [(first, self.segments[i][1], self.segments[i][2]) for first, i in zip(firsts, members, strict=False)]
+        firsts = itertools.accumulate(lengths[:-1], initial=0)
+        rows = [(first, *self.segments[i][1:]) for first, i in zip(firsts, members, strict=True)]
         blocks = torch.nn.utils.rnn.pad_sequence([self.tables[i] for i in members], batch_first=True)
         query = torch.cat([self.query[self.segments[i][0] :][: self.segments[i][1]] for i in members])
         return kernels.attention(

@@ -9,7 +9,15 @@ import torch
 
 from redraft.kernels.library import CpuKernels, pack
 from redraft.models.packed import NativeLinear
-from tests.linear_layers import ROWS, SHAPES, check_any_company, check_nothing_behind, linear, random
+from tests.linear_layers import (
+    ROWS,
+    SHAPES,
+    check_any_company,
+    check_double_precision,
+    check_nothing_behind,
+    linear,
+    random,
+)
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["avx2", "avx512"])
@@ -26,12 +34,7 @@ def instructions(request: pytest.FixtureRequest, kernels: CpuKernels) -> Iterato
 def test_linear_equals_double_precision(kernels: CpuKernels, rows: int, k: int, n: int, bias: bool) -> None:
     layer = linear(k, n, bias=bias)
     x = random(2, rows, k, seed=2)
-    ours = NativeLinear(layer, kernels)(x)
-    expected = x.double() @ layer.weight.double().t()
-    if bias:
-        expected += layer.bias
-    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-4)
-    assert ours.shape == (2, rows, n)
+    check_double_precision(NativeLinear(layer, kernels), x, x, layer.weight, layer.bias)
 
 
 @pytest.mark.parametrize(("k", "n"), SHAPES)

@@ -9,13 +9,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from torch import Tensor
 
 from redraft.models.groups import Groups, exact_groups, nearest_groups
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.linear_layers import random
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -21,6 +21,7 @@ from redraft.models.runner import Chunk, ModelRunner
 from redraft_training.student.quantise import calibrate_int8, fake_quantise, quantise_checkpoint, search_scales
 from redraft_training.student.student_model import HFStudent
 from tests.fakes import save_tiny, tiny_model
+from tests.linear_layers import random
 from tests.unit.training.student_batches import packed_batch
 
 TEXTS = [[3 + (i * step) % 60 for i in range(23)] for step in (7, 11, 13)]
@@ -29,10 +30,6 @@ IDS = (0, 3, 4, 9, 21, 40, 62)
 
 def ref(path: Path) -> ModelRef:
     return ModelRef(ModelKind.DIRECTORY, str(path))
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_rounding_is_to_the_nearest_and_finds_its_own_grid_again() -> None:
