@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
 from redraft.models.block_pool import BlockPool
+from redraft.models.buckets import BucketLimits
 from redraft.models.runner import ModelRunner
 from redraft.models.tokenizer import Tokenizer
 from redraft.sampling.params import SamplingParams, StoppingParams
@@ -36,7 +37,7 @@ from redraft_server.engine.api import (
 from redraft_server.engine.engine import Engine, EngineParts
 from redraft_server.engine.recorder import Recorder, RecordSink
 from redraft_server.engine.scheduler import SchedulerLimits
-from tests.fakes import EOS_ID, tiny_model, tiny_tokenizer
+from tests.fakes import EOS_ID, runner_ahead, tiny_model, tiny_tokenizer
 
 TARGET_SEED, DRAFT_A, DRAFT_B = 0, 11, 12
 WAIT_S = 60.0
@@ -64,6 +65,7 @@ class EngineSpec:
     adaptive: bool = False
     least_chance: float | None = None  # that a drafted token must have to be accepted, see FixedPrice
     teacher_top_n: int = 0
+    runs_ahead: bool = False  # as on a GPU: passes in buckets, one look at the device per step
 
 
 @dataclass
@@ -125,7 +127,10 @@ class Clock:
 
 
 def make_runner(model: PreTrainedModel, spec: EngineSpec) -> ModelRunner:
-    return ModelRunner(model, num_blocks=spec.num_blocks, block_size=spec.block_size, vocab_size=spec.vocab_size)
+    sizes = {"num_blocks": spec.num_blocks, "block_size": spec.block_size, "vocab_size": spec.vocab_size}
+    if spec.runs_ahead:
+        return runner_ahead(model, BucketLimits(max_sequences=8, max_rows=1 + spec.k), **sizes)
+    return ModelRunner(model, **sizes)
 
 
 class FixedPrice(LengthController):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.attention import flex_attention
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,6 +24,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from redraft.models.buckets import BucketLimits
+from redraft.models.runner import ModelRunner
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3")
 SLIDING_WINDOW = 16
@@ -52,11 +56,11 @@ _CONFIGS: dict[str, Callable[..., Any]] = {
 
 
 def tiny_model(
-    arch: str, *, vocab_size: int = 64, layers: int = 2, seed: int = 0, tied: bool | None = None
+    arch: str, *, vocab_size: int = 64, layers: int = 2, seed: int = 0, tied: bool | None = None, head_dim: int = 8
 ) -> PreTrainedModel:
     """A random causal LM of `arch` in eval mode, float32 on CPU, without gradients.
 
-    Hidden size 32, 4 query heads and 2 key/value heads of 8, 512 positions, `eos_token_id` 0.
+    Hidden size 32, 4 query heads and 2 key/value heads of `head_dim`, 512 positions, `eos_token_id` 0.
     `tied` says whether the head shares the embedding (None: as is usual for the architecture). Weights are
     drawn wide enough (std 0.2) that the next-token distribution is far from uniform. The same arguments give
     the same weights; the global random state is left alone.
@@ -77,7 +81,7 @@ def tiny_model(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.2,
         eos_token_id=EOS_ID,
@@ -158,3 +162,16 @@ def _byte_symbols() -> list[str]:
     first = b" abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\n-ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     order = list(dict.fromkeys([*first, *range(ord(" "), ord("~") + 1), *range(256)]))
     return [symbols[byte] for byte in order]
+
+
+def without_compiling() -> None:
+    """On a CPU torch would trace FlexAttention again for every shape, which takes seconds and changes nothing."""
+    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+
+
+def runner_ahead(model: PreTrainedModel, buckets: BucketLimits, **sizes: int) -> ModelRunner:
+    """A runner that works as on a GPU: short passes in buckets, and nobody asks it for a token before a step's end."""
+    without_compiling()
+    runner = ModelRunner(model, buckets=buckets, **sizes)
+    runner.runs_ahead = True
+    return runner

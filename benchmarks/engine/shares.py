@@ -23,6 +23,7 @@ from benchmarks.engine.share_clock import Probe, ShareClock
 from benchmarks.peers.workers.protocol import Request
 from benchmarks.prompts import load_mixed
 from redraft.speculation import verify
+from redraft.speculation.step import StepUnderWay
 from redraft.telemetry.metrics import ServerMetrics
 from redraft.traffic.writer import TrafficWriter
 from redraft_server.engine import engine as engine_module
@@ -55,7 +56,8 @@ def probes(models: Models) -> Sequence[Probe]:
     return (
         Probe("target forward", models.target.runner, ("forward",)),
         Probe("draft forward", models.draft.runner, ("forward",)),
-        Probe("sampling", engine_module, ("speculative_step",)),
+        Probe("sampling", engine_module, ("begin_step",)),
+        Probe("sampling", StepUnderWay, ("finish",)),
         Probe("capture", verify, ("teacher_rows",)),
         Probe("capture", Delivery, ("_keep_for_record",)),
         Probe("capture", Recorder, ("record",)),
@@ -114,7 +116,7 @@ class Window:
             wall, cpu = self._opened
             for name, seconds in self.clock.read().items():
                 self.shares[name] += seconds
-            self.steps += self.clock.calls["sampling"]
+            self.steps += self.clock.calls["target forward"]
             self.wall_seconds += time.perf_counter() - wall
             self.loop_seconds += self.cpu_seconds() - cpu
             self._opened = None

@@ -32,6 +32,7 @@ from tests.engine_harness import (
 GREEDY = SamplingParams(temperature=0.0)
 PROPOSERS = ("none", "ngram", "draft", "self", "ngram+draft")
 NUM_TOKENS = 20
+RUNS_AHEAD = pytest.mark.parametrize("runs_ahead", [False, True])  # the host of the device, as with a GPU
 PLAIN = EngineSpec(proposer="none", prefix_cache=False, max_batch_tokens=512, max_running=1)
 
 
@@ -71,10 +72,11 @@ def test_any_draft_length_beside_others(proposer: str, k: int) -> None:
         check(generate(engine, [batch()[i] for i in picked]), picked)
 
 
+@RUNS_AHEAD
 @pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_in_a_full_batch(proposer: str, adaptive: bool) -> None:
-    with running_engine(EngineSpec(proposer=proposer, k=4, adaptive=adaptive)) as engine:
+def test_in_a_full_batch(proposer: str, adaptive: bool, runs_ahead: bool) -> None:
+    with running_engine(EngineSpec(proposer=proposer, k=4, adaptive=adaptive, runs_ahead=runs_ahead)) as engine:
         check(generate(engine, batch()))
 
 
@@ -85,10 +87,12 @@ def test_alone(proposer: str) -> None:
             check(generate(engine, [batch()[index]]), [index])
 
 
+@RUNS_AHEAD
 @pytest.mark.parametrize("proposer", PROPOSERS)
-def test_in_a_pool_so_small_that_sequences_are_preempted(proposer: str) -> None:
+def test_in_a_pool_so_small_that_sequences_are_preempted(proposer: str, runs_ahead: bool) -> None:
     registry = CollectorRegistry()
-    with running_engine(EngineSpec(proposer=proposer, num_blocks=40), registry=registry) as engine:
+    spec = EngineSpec(proposer=proposer, num_blocks=40, runs_ahead=runs_ahead)
+    with running_engine(spec, registry=registry) as engine:
         check(generate(engine, batch()))
     assert registry.get_sample_value("redraft_preemptions_total", {"model": "tiny"})
 
@@ -108,10 +112,11 @@ def test_prompts_in_chunks_of_any_size(chunk: int) -> None:
         check(generate(engine, batch(6)), range(6))
 
 
+@RUNS_AHEAD
 @pytest.mark.parametrize("seed", range(3))
-def test_neighbours_that_leave_at_random_steps(seed: int) -> None:
+def test_neighbours_that_leave_at_random_steps(seed: int, runs_ahead: bool) -> None:
     rng = random.Random(seed)
-    with running_engine(EngineSpec(proposer="ngram+draft", num_blocks=64)) as engine:
+    with running_engine(EngineSpec(proposer="ngram+draft", num_blocks=64, runs_ahead=runs_ahead)) as engine:
         stayers: list[Collected] = []
         leavers: list[Collected] = []
         for one in batch():
@@ -125,10 +130,11 @@ def test_neighbours_that_leave_at_random_steps(seed: int) -> None:
             leaver.wait()
 
 
+@RUNS_AHEAD
 @pytest.mark.parametrize("max_catch_up", [16, 999])
-def test_drafts_swapped_at_every_step(max_catch_up: int) -> None:
+def test_drafts_swapped_at_every_step(max_catch_up: int, runs_ahead: bool) -> None:
     """Also while a new draft has not yet caught up with the text."""
-    spec = EngineSpec(proposer="draft", k=4, max_catch_up=max_catch_up)
+    spec = EngineSpec(proposer="draft", k=4, max_catch_up=max_catch_up, runs_ahead=runs_ahead)
     registry = CollectorRegistry()
     with running_engine(spec, registry=registry) as engine:
         cost = engine._parts.target_cost

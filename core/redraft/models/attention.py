@@ -3,7 +3,8 @@
 A step's tokens of all sequences lie in one row [1, tokens]; `Segment` says which of them belong together and where
 their context is stored. transformers hands the context through to every layer as the keyword `paged`.
 
-On a CPU in fp32 the native kernel reads keys and values where they lie; elsewhere torch gathers them by segment.
+On a CPU in fp32 the native kernel reads keys and values where they lie; elsewhere torch gathers them by segment. Short
+passes on a GPU have fixed shapes, and a context and kernel of their own (`block_attention`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from transformers import AttentionInterface
 
 from redraft.errors import UnsupportedModel
 from redraft.kernels.library import MAX_HEAD_DIM, CpuKernels, attention_items, library
+from redraft.models.block_attention import BlockContext
 from redraft.models.kv_cache import KVCache
+from redraft.transfer import upload
 
 ATTENTION_NAME = "redraft_paged"
 
@@ -54,7 +57,7 @@ class PagedContext:
             for segment in self.segments
             for position in range(segment.context_length - segment.length, segment.context_length)
         ]
-        return torch.tensor(slots, dtype=torch.int64, device=self.cache.device)
+        return upload(slots, torch.int64, self.cache.device)
 
     @cached_property
     def contexts(self) -> list[Tensor]:
@@ -96,7 +99,7 @@ class PagedContext:
         return -(-segment.context_length // self.block_size)
 
     def _table(self, segment: Segment) -> Tensor:
-        return torch.tensor(segment.block_ids[: self._num_blocks(segment)], device=self.cache.device)
+        return upload(segment.block_ids[: self._num_blocks(segment)], torch.int64, self.cache.device)
 
 
 def paged_attention(
@@ -109,7 +112,7 @@ def paged_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    paged: PagedContext | None = None,
+    paged: PagedContext | BlockContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens,
@@ -121,6 +124,8 @@ def paged_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     paged.cache.write(layer, paged.slots, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(paged, BlockContext):
+        return paged.attend(query[0], layer, scale, sliding_window, softcap).unsqueeze(0), None
     kernels = native_attention(query)
     if kernels is None:
         return _torch_attention(query[0], layer, paged, scale, sliding_window, softcap).unsqueeze(0), None

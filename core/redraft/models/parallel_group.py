@@ -155,8 +155,10 @@ class LeadingRunner(ModelRunner):
     def __init__(self, model: PreTrainedModel, group: Group, **sizes: Any) -> None:
         super().__init__(model, **sizes)
         self._group = group
+        self.runs_ahead = False  # the followers are told every token by the host
 
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], drawn: Tensor | None = None) -> Tensor:
+        assert drawn is None, "the followers know only what the host knows"
         try:
             self._group.tell(chunks)
             return super().forward(chunks)

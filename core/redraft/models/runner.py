@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from redraft.models.attention import ATTENTION_NAME, PagedContext, Segment
+from redraft.models.buckets import BucketedForward, BucketLimits, resolved
 from redraft.models.heads import reduce_head
 from redraft.models.kv_cache import KVCache, kv_shape
-from redraft.models.native_decoder import native_decoder
+from redraft.models.native_decoder import NativeDecoder, native_decoder
 from redraft.models.packed import pack_linears
 from redraft.models.parallel import local_kv_heads, num_shards
+from redraft.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,8 @@ class Chunk:
     """Consecutive tokens of one sequence to run through a model.
 
     Attributes:
-        token_ids: the tokens, at positions start, start + 1, ...
+        token_ids: the tokens, at positions start, start + 1, ... One below 0 is not known to the host: -1 - i stands
+            for entry i of the tensor that `forward` is given with the chunks.
         start: position of the first; keys and values of 0 .. start - 1 are already stored.
         block_ids: the sequence's block table, long enough for start + len(token_ids) positions.
         num_logits: for how many of the last tokens logits are wanted.
@@ -45,6 +49,10 @@ class ModelRunner:
             A model with fewer logits than that gets -inf for the rest.
         output_ids: [width] int64, distinct ids below vocab_size: the head computes only these (it is cut to them unless
             it has just as many rows already), every other id gets -inf. None: the whole vocabulary.
+        buckets: pad batches within these limits to fixed shapes, each a CUDA graph; None: never.
+
+    `runs_ahead` says that a pass has only been enqueued when `forward` returns, so that whoever can should hand it the
+    next one before looking at the result.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class ModelRunner:
         block_size: int,
         vocab_size: int,
         output_ids: Tensor | None = None,
+        buckets: BucketLimits | None = None,
     ) -> None:
         model.set_attn_implementation(ATTENTION_NAME)
         if output_ids is not None:
@@ -68,20 +77,42 @@ class ModelRunner:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.device = model.device
+        self.runs_ahead = self.device.type == "cuda"
         config = model.config.get_text_config()
         kv_heads = local_kv_heads(model, kv_shape(config)[0])
-        self.cache = KVCache(config, num_blocks * block_size, dtype=model.dtype, device=self.device, kv_heads=kv_heads)
-        self._native = native_decoder(model, self.cache, block_size, vocab_size, output_ids)
+        num_slots = (num_blocks + (buckets is not None)) * block_size  # the last block takes what padding writes
+        self.cache = KVCache(config, num_slots, dtype=model.dtype, device=self.device, kv_heads=kv_heads)
+        self._buckets: BucketedForward | None = None
+        self._native: NativeDecoder | None = None
+        if buckets is None:
+            self._native = native_decoder(model, self.cache, block_size, vocab_size, output_ids)
+        elif BucketedForward.can_capture(model):
+            self._buckets = BucketedForward(model, self.cache, num_blocks, block_size, buckets)
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], drawn: Tensor | None = None) -> Tensor:
         """Store the chunks' keys and values and return the wanted logits, [sum of num_logits, vocab_size] float32,
-        in the order of the chunks."""
-        if self._native is not None:
-            return self._native.forward(chunks)
-        return self._known_ids(self._transformers_forward(chunks))
+        in the order of the chunks.
 
-    def _transformers_forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        `drawn` [any] int64, on this device: tokens that chunks refer to by numbers below 0.
+        """
+        if self._native is not None:
+            assert drawn is None, "the native kernels take what the host knows"
+            return self._native.forward(chunks)
+        bucket = None if self._buckets is None else self._buckets.bucket_of(chunks)
+        if self._buckets is None or bucket is None:
+            return self._known_ids(self._transformers_forward(chunks, drawn))
+        return self._known_ids(self._buckets.forward(chunks, bucket, drawn).float())
+
+    def captures(self) -> list[Callable[[], None]]:
+        """What there is to capture before the first pass of each shape, in pieces of a few tenths of a second. Each is
+        to be called where no pass is under way."""
+        if self._buckets is None or self.device.type != "cuda":
+            return []
+        captured = torch.inference_mode()(self._buckets.capture)
+        return [functools.partial(captured, bucket) for bucket in self._buckets.buckets()]
+
+    def _transformers_forward(self, chunks: Sequence[Chunk], drawn: Tensor | None = None) -> Tensor:
         """As `forward`, with a column for every output of the head."""
         token_ids: list[int] = []
         positions: list[int] = []
@@ -93,9 +124,10 @@ class ModelRunner:
             token_ids.extend(chunk.token_ids)
             positions.extend(range(chunk.start, chunk.start + length))
             wanted.extend(range(start + length - chunk.num_logits, start + length))
+        input_ids = self._tensor(token_ids)
         output = self.model(
-            input_ids=self._tensor([token_ids]),
-            position_ids=self._tensor([positions]),
+            input_ids=(input_ids if drawn is None else resolved(input_ids, drawn)).unsqueeze(0),
+            position_ids=self._tensor(positions).unsqueeze(0),
             use_cache=False,
             logits_to_keep=self._tensor(wanted),
             paged=PagedContext(self.cache, self.block_size, segments),
@@ -103,8 +135,8 @@ class ModelRunner:
         logits: Tensor = output.logits[0].float()
         return logits
 
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _tensor(self, values: list[int]) -> Tensor:
+        return upload(values, torch.int64, self.device)
 
     def _known_ids(self, logits: Tensor) -> Tensor:
         if self.output_ids is not None:

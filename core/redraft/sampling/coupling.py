@@ -25,6 +25,7 @@ from torch import Tensor
 
 from redraft.kernels.library import kernels_for
 from redraft.sampling.randomness import Purpose, exponentials, row_bits
+from redraft.transfer import upload
 
 _DRAW_BLOCK = 256
 
@@ -47,11 +48,30 @@ class Layout:
         tested = [
             row for first, count in zip(first_row, num_drafts, strict=True) for row in range(first, first + count)
         ]
-        return cls(tuple(num_drafts), first_row, torch.tensor(tested, dtype=torch.int64, device=device))
+        return cls(tuple(num_drafts), first_row, upload(tested, torch.int64, device))
 
     @property
     def num_rows(self) -> int:
         return len(self.num_drafts) + sum(self.num_drafts)
+
+    def accepted(self, tests: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each sequence's accepted prefix ends, without asking the device.
+
+        tests [drafted tokens] bool -> [sequences] int64 each: how many tokens it has, the row after it, and the index
+        of the drafted token that was rejected there (-1: none).
+        """
+        longest, total = max(self.num_drafts, default=0), sum(self.num_drafts)
+        start = accumulate(self.num_drafts[:-1], initial=0) if self.num_drafts else ()
+        padded = [
+            [*range(first, first + count), *([total] * (longest + 1 - count))]
+            for first, count in zip(start, self.num_drafts, strict=True)
+        ]
+        drafts = upload(padded, torch.int64, tests.device).view(-1, longest + 1)
+        passed = torch.nn.functional.pad(tests, (0, 1))[drafts]  # what is behind a sequence's last token fails
+        num_accepted = passed.long().cumprod(dim=1).sum(dim=1)
+        rejected = drafts.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
+        rows = upload(self.first_row, torch.int64, tests.device) + num_accepted
+        return num_accepted, rows, torch.where(rejected == total, -1, rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +86,29 @@ class DraftedTokens:
     prob_row: Tensor  # [drafted tokens] int64, -1: one-hot
     probs: Tensor  # [model-proposed tokens, vocab_size] float32
 
-    def probability_of_own_token(self) -> Tensor:
-        """q(d) per drafted token, [drafted tokens] float32."""
-        certain = torch.ones(len(self.token_ids), device=self.token_ids.device)
+    def probability_of(self, token_ids: Tensor) -> Tensor:
+        """q of other tokens, one in the place of each drafted one: [drafted tokens] int64 -> float32."""
+        certain = (token_ids == self.token_ids).float()
         if not len(self.probs):
             return certain
-        return torch.where(self.prob_row < 0, certain, self.probs[self.prob_row.clamp(min=0), self.token_ids])
+        return torch.where(self.prob_row < 0, certain, self.probs[self.prob_row.clamp(min=0), token_ids])
 
-    def subtract_from_(self, rows: Tensor, drafts: Tensor) -> None:
-        """rows[i] -= q of drafted token drafts[i], in place; rows [n, vocab_size], drafts [n] int64."""
-        certain = self.prob_row[drafts] < 0
-        index = torch.arange(len(drafts), device=rows.device)
-        rows[index[certain], self.token_ids[drafts[certain]]] -= 1.0
+    def residuals(self, rows: Tensor, drafts: Tensor) -> Tensor:
+        """max(p - q, 0) where a drafted token was rejected, not normalised; p itself elsewhere.
+
+        rows: p, [sequences, vocab_size]. drafts: index of the rejected token, [sequences] int64, -1: none.
+        """
+        if not len(self.token_ids):
+            return rows
+        own = drafts.clamp(min=0)
+        is_certain = self.prob_row[own] < 0
+        rest = rows.scatter_add(1, self.token_ids[own].unsqueeze(1), -is_certain.to(rows.dtype).unsqueeze(1))
         if len(self.probs):
-            spread = index[~certain]
-            rows[spread] -= self.probs[self.prob_row[drafts[spread]]]
+            rest = torch.where(is_certain.unsqueeze(1), rest, rest - self.probs[self.prob_row[own].clamp(min=0)])
+        rest = rest.clamp(min=0.0)
+        # p equal to q up to rounding: a rejection has probability ~1e-7 and p itself is the limit of the residual
+        has_none = (drafts < 0).unsqueeze(1) | (rest.sum(dim=1, keepdim=True) <= 0.0)
+        return torch.where(has_none, rows, rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +174,7 @@ def accept_maximal(
         recover_uniforms: [layout.num_rows] in (0, 1); a sequence uses that of the row its last token is drawn at.
     """
     target_own = target[layout.draft_rows, drafted.token_ids]
-    tests = (accept_uniforms * drafted.probability_of_own_token() < target_own).tolist()
+    tests = (accept_uniforms * drafted.probability_of(drafted.token_ids) < target_own).tolist()
     num_accepted, rows, rejected, start = [], [], [], 0
     for first, count in zip(layout.first_row, layout.num_drafts, strict=True):
         accepted = [*tests[start : start + count], False].index(False)
@@ -154,9 +182,26 @@ def accept_maximal(
         rows.append(first + accepted)
         rejected.append(start + accepted if accepted < count else -1)  # its index among all drafted tokens
         start += count
-    final_rows, drafts = (torch.tensor(each, dtype=torch.int64, device=target.device) for each in (rows, rejected))
+    final_rows, drafts = (upload(each, torch.int64, target.device) for each in (rows, rejected))
     tokens = _recovered(target, final_rows, drafted, drafts, recover_uniforms[final_rows])
     return Verdict(tuple(num_accepted), tuple(tokens.tolist()))
+
+
+def settle_maximal(
+    target: Tensor, drafted: DraftedTokens, layout: Layout, accept_uniforms: Tensor, recover_uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `accept_maximal`, on the device: number accepted and last token, [sequences] int64 each."""
+    target_own = target[layout.draft_rows, drafted.token_ids]
+    tests = accept_uniforms * drafted.probability_of(drafted.token_ids) < target_own
+    num_accepted, rows, rejected = layout.accepted(tests)
+    return num_accepted, draw(drafted.residuals(target[rows], rejected), recover_uniforms[rows])
+
+
+def settle_choice(choice: Tensor, drafted: DraftedTokens, layout: Layout) -> tuple[Tensor, Tensor]:
+    """As `accept_choice`, on the device: choice [layout.num_rows] int64 -> number accepted and last token,
+    [sequences] int64 each."""
+    num_accepted, rows, _ = layout.accepted(choice[layout.draft_rows] == drafted.token_ids)
+    return num_accepted, choice[rows]
 
 
 def _recovered(target: Tensor, rows: Tensor, drafted: DraftedTokens, drafts: Tensor, chances: Tensor) -> Tensor:
@@ -170,16 +215,7 @@ def _recovered(target: Tensor, rows: Tensor, drafted: DraftedTokens, drafts: Ten
         else:
             tokens, q_rows = own, torch.full_like(drafts, -2)
         return kernels.recover(target.contiguous(), rows, drafted.probs.contiguous(), q_rows, tokens, chances.double())
-    residual = target[rows]
-    which = (drafts >= 0).nonzero().flatten()
-    if len(which):
-        rest = residual[which]
-        drafted.subtract_from_(rest, drafts[which])
-        rest.clamp_(min=0.0)
-        # p equal to q up to rounding: a rejection has probability ~1e-7 and p itself is the limit of the residual
-        empty = rest.sum(dim=1, keepdim=True) <= 0.0
-        residual[which] = torch.where(empty, residual[which], rest)
-    return draw(residual, chances)
+    return draw(drafted.residuals(target[rows], drafts), chances)
 
 
 def accept_choice(choice: Sequence[int], drafts: Sequence[Sequence[int]]) -> Verdict:

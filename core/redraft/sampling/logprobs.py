@@ -10,6 +10,10 @@ from torch import Tensor
 
 from redraft.kernels.library import kernels_for
 from redraft.sampling.processors import SamplingRow, adjusted_logits
+from redraft.transfer import upload
+
+Summaries = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of rows of logits: the ids and values of the n largest [rows, n], and logsumexp without and with the temperature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class TeacherRow:
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> tuple[TokenLogprob, ...]:
     """Score token_ids[i] under logits[i], [tokens, vocab_size], with the `num_top` best alternatives."""
     normaliser = logits.logsumexp(dim=1)
-    own = logits.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
+    own = logits.gather(1, upload(token_ids, torch.int64, logits.device).unsqueeze(1))
     ranks = ((logits > own).sum(dim=1) + 1).tolist()
     scores = (own.squeeze(1) - normaliser).tolist()
     best = logits.topk(min(num_top, logits.shape[1]), dim=1)
@@ -54,12 +58,22 @@ def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> tuple[
 
 def teacher_rows(logits: Tensor, num_top: int, rows: Sequence[SamplingRow]) -> tuple[TeacherRow, ...]:
     """Compress logits [rows, vocab_size] to their `num_top` largest and both normalisers."""
+    return as_teacher_rows(summaries(logits, num_top, rows), rows)
+
+
+def summaries(logits: Tensor, num_top: int, rows: Sequence[SamplingRow]) -> Summaries:
+    """What `teacher_rows` are made of, on the device."""
     num_top = min(num_top, logits.shape[1])
     temperatures = [row.params.temperature for row in rows]
     ids, values, totals, tempered = _summary(logits, num_top, temperatures)
     adjusted = adjusted_logits(logits, rows)
     if adjusted is not logits:
         *_, tempered = _summary(adjusted, 0, temperatures)
+    return ids, values, totals, tempered
+
+
+def as_teacher_rows(found: Summaries, rows: Sequence[SamplingRow]) -> tuple[TeacherRow, ...]:
+    ids, values, totals, tempered = found
     return tuple(
         TeacherRow(tuple(own_ids), tuple(own_values), total, None if row.params.is_greedy else sampling_total)
         for row, own_ids, own_values, total, sampling_total in zip(
@@ -68,12 +82,12 @@ def teacher_rows(logits: Tensor, num_top: int, rows: Sequence[SamplingRow]) -> t
     )
 
 
-def _summary(logits: Tensor, num_top: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _summary(logits: Tensor, num_top: int, temperatures: Sequence[float]) -> Summaries:
     """As `CpuKernels.summarise`, anywhere."""
     kernels = kernels_for(logits)
     if kernels is not None:
         return kernels.summarise(logits.contiguous(), num_top, temperatures)
     best = logits.float().topk(num_top, dim=1)
-    slopes = torch.tensor([1.0 / (temperature or 1.0) for temperature in temperatures], device=logits.device)
+    slopes = upload([1.0 / (temperature or 1.0) for temperature in temperatures], torch.float32, logits.device)
     tempered = (logits.float() * slopes.unsqueeze(1)).logsumexp(dim=1)
     return best.indices, best.values, logits.float().logsumexp(dim=1), tempered

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from redraft.kernels.library import kernels_for
 from redraft.sampling.params import SamplingParams
+from redraft.transfer import upload
 
 BANNED = torch.finfo(torch.float32).min  # finite: a row with everything banned is still a distribution
 _CANDIDATES = (64, 1024)  # most probable ids looked at before a nucleus needs the whole vocabulary sorted
@@ -54,7 +55,7 @@ def probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     result = torch.zeros_like(scores)
     result.scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
     if sampled:
-        index = torch.tensor(sampled, device=scores.device)
+        index = upload(sampled, torch.int64, scores.device)
         result[index] = _sampled_rows(scores[index], [rows[i].params for i in sampled])
     return result
 
@@ -101,21 +102,21 @@ def _adjust_row_(scores: Tensor, row: SamplingRow) -> None:
         scores[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
         counts = Counter(row.output_ids)
-        amounts = torch.tensor(list(counts.values()), dtype=torch.float32, device=scores.device)
+        amounts = upload(list(counts.values()), torch.float32, scores.device)
         scores[_ids(counts, scores)] -= params.presence_penalty + params.frequency_penalty * amounts
     if params.logit_bias:
-        biases = torch.tensor([bias for _, bias in params.logit_bias], device=scores.device)
+        biases = upload([bias for _, bias in params.logit_bias], torch.float32, scores.device)
         scores.index_add_(0, _ids([token for token, _ in params.logit_bias], scores), biases)
     if row.banned_ids:
         scores[_ids(row.banned_ids, scores)] = BANNED
 
 
 def _ids(ids: Sequence[int] | set[int] | Counter[int] | tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(list(ids), dtype=torch.int64, device=like.device)
+    return upload(list(ids), torch.int64, like.device)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
+    return upload(values, torch.float32, like.device).unsqueeze(1)
 
 
 def _sampled_rows(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -137,14 +138,23 @@ def _sampled_rows(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         return probs
     if len(truncated) == len(params):
         return _truncate(probs, params)
-    index = torch.tensor(truncated, device=probs.device)
+    index = upload(truncated, torch.int64, probs.device)
     probs[index] = _truncate(probs[index], [params[i] for i in truncated])
     return probs
 
 
 def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Zero what top-k, top-p and min-p cut, and renormalise. probs [rows, vocab], each row sums to 1."""
+    probs = torch.where(probs >= _floors(probs, params).unsqueeze(1), probs, 0.0)
+    # in float64: a float32 sum of one long row is split among threads, and so rounds unlike that of several rows
+    return probs / probs.sum(dim=1, keepdim=True, dtype=torch.float64).float()
+
+
+def _floors(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The smallest probability kept, [rows]."""
     vocab_size = probs.shape[1]
+    if probs.device.type != "cpu":  # sorting all of it is quicker there than asking how far each nucleus reaches
+        return cutoffs(probs.sort(dim=1, descending=True).values, params, vocab_size)
     floor = torch.full((len(params),), torch.nan, device=probs.device)
     for candidates in (*_CANDIDATES, vocab_size):
         unresolved = torch.isnan(floor).nonzero().flatten()
@@ -154,9 +164,7 @@ def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         width = min(vocab_size, max(candidates, max(p.top_k for p in rows)))
         open_rows = probs if len(rows) == len(params) else probs[unresolved]
         floor[unresolved] = cutoffs(open_rows.topk(width, dim=1).values, rows, vocab_size)
-    probs = torch.where(probs >= floor.unsqueeze(1), probs, 0.0)
-    # in float64: a float32 sum of one long row is split among threads, and so rounds unlike that of several rows
-    return probs / probs.sum(dim=1, keepdim=True, dtype=torch.float64).float()
+    return floor
 
 
 def cutoffs(ranked: Tensor, params: Sequence[SamplingParams], vocab_size: int) -> Tensor:
@@ -165,8 +173,8 @@ def cutoffs(ranked: Tensor, params: Sequence[SamplingParams], vocab_size: int) -
     `ranked` [rows, width]: the `width` largest probabilities, descending.
     """
     width = ranked.shape[1]
-    top_k = torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=ranked.device)
-    top_p = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=ranked.device)
+    top_k = upload([min(p.top_k or vocab_size, vocab_size) for p in params], torch.int64, ranked.device)
+    top_p = upload([[p.top_p] for p in params], torch.float64, ranked.device)
     column = torch.arange(width, device=ranked.device)
     in_top_k = column < top_k.unsqueeze(1)
     mass = torch.where(in_top_k, ranked, 0.0).double().cumsum(dim=1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from redraft.kernels.library import library
+from redraft.transfer import upload
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -48,7 +49,7 @@ def _signed(value: int) -> int:
 
 def as_key_tensor(keys: list[int], device: torch.device | str = "cpu") -> Tensor:
     """Unsigned 64-bit keys as the bit-equal int64 tensor [len(keys)]."""
-    return torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
+    return upload([_signed(key) for key in keys], torch.int64, device)
 
 
 def _shift_right(value: Tensor, bits: int, width: int) -> Tensor:

@@ -15,6 +15,7 @@ _COST_RATE = 0.1  # of the moving average of step times
 _COMMON_RATE = 0.08  # as much of it is taken for a change of the machine's speed, which all sizes share
 _MAX_CHANGE = 2.0  # of one step against what was expected: a preempted step says nothing of its size
 _WARM_UP_SIZES = (1, 2, 4, 8, 16, 32)
+_WARM_UP_ROWS = 4
 _WARM_UP_ROUNDS = 5
 
 
@@ -70,23 +71,35 @@ class StepCost:
 def measure_cost(
     runner: ModelRunner, run: Callable[[Callable[[], float]], float] = lambda timed_pass: timed_pass()
 ) -> StepCost:
-    """Touch every weight and measure a pass by its number of tokens, all with logits. Writes to the first blocks.
+    """Touch every weight, capture what there is to capture, and measure a pass by its number of tokens, up to four of
+    a sequence, all with logits. Writes to the first blocks.
 
     `run` says where a pass is run: here, or between the steps of an engine that is at work.
     """
-    block_ids = range(min(runner.num_blocks, -(-max(_WARM_UP_SIZES) // runner.block_size)))
-    sizes = [size for size in _WARM_UP_SIZES if size <= len(block_ids) * runner.block_size]
-    best = dict.fromkeys(sizes, math.inf)
+    for capture in runner.captures():
+        run(functools.partial(_captured, capture))
+    best = dict.fromkeys(_WARM_UP_SIZES, math.inf)
     for _ in range(_WARM_UP_ROUNDS):  # one size after the other, so that a busy moment of the machine hits all
-        for size in sizes:
-            best[size] = min(best[size], run(functools.partial(_timed, runner, Chunk([0] * size, 0, block_ids, size))))
+        for size in best:
+            best[size] = min(best[size], run(functools.partial(_timed, runner, _batch(runner, size))))
     cost = StepCost()
     for size, seconds in best.items():
         cost.observe(size, seconds)
     return cost
 
 
-def _timed(runner: ModelRunner, chunk: Chunk) -> float:
+def _batch(runner: ModelRunner, size: int) -> list[Chunk]:
+    """As in verification, so that it fits a bucket where passes are padded to one."""
+    rows = min(size, _WARM_UP_ROWS, runner.num_blocks * runner.block_size)
+    return [Chunk([0] * rows, 0, range(-(-rows // runner.block_size)), rows)] * (size // rows)
+
+
+def _captured(capture: Callable[[], None]) -> float:
+    capture()
+    return 0.0
+
+
+def _timed(runner: ModelRunner, chunks: list[Chunk]) -> float:
     started = time.perf_counter()
-    runner.forward([chunk]).sum().item()
+    runner.forward(chunks).sum().item()
     return time.perf_counter() - started

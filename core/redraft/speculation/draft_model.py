@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from redraft.sampling.coupling import draw, keyed_race
 from redraft.sampling.params import Coupling
 from redraft.sampling.processors import adjusted_logits, peaks, probabilities, sure_peaks
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
+from redraft.speculation.ahead import draft_ahead
 from redraft.speculation.length import PENDING, LengthController
 from redraft.speculation.proposer import (
     CERTAIN,
@@ -66,47 +68,54 @@ class DraftModelProposer:
     def propose(self, states: Sequence[SequenceState], limits: Sequence[int]) -> Proposal:
         begun = time.perf_counter()
         missing = [self._num_missing(state) for state in states]
+        runs_ahead = self.runner.runs_ahead and not any(state.params.has_penalties for state in states)
         if self.length is not None:
-            limits = self.length.allow(states, limits, missing)
+            # how sure the draft is of a token is not known in time where the host runs ahead
+            decide = self.length.choose if runs_ahead else functools.partial(self.length.allow, missing=missing)
+            limits = decide(states, limits)
         ready = self._catch_up(states, limits, missing)
         if not ready:
             return nothing_proposed(len(states))
         are_all = sum(map(bool, limits)) == len(ready)
         # prompts and the like would say nothing of the next step
         is_usual = are_all and all(missing[i] <= PENDING for i in ready)
-        drafts = {index: _Draft(states[index], limits[index]) for index in ready}
+        drafts = {index: Draft(states[index], limits[index]) for index in ready}
         active = list(drafts.values())
         probs: list[Tensor] = []
         num_rows, num_passes = 0, 1
         logits = self._ingest_pending([draft.state for draft in active])
+        if runs_ahead:
+            probs, drawn = draft_ahead(self.runner, active, logits)
+            return Proposal(self._in_order(drafts, len(states)), joined(probs), drawn)
         if self.length is not None and are_all:
             self.length.observe_reading(sum(missing[i] for i in ready), time.perf_counter() - begun)
         started: float | None = None  # of a pass of one token each, which is what lengths are chosen by
         while True:
-            drawn = _draw(logits, active, self._is_worth_a_token)
+            found = _draw(logits, active, self._is_worth_a_token)
             if started is not None and self.length is not None and self.length.draft_cost is not None:
                 self.length.draft_cost.observe(len(active), time.perf_counter() - started)
-            active = drawn.drafts
-            for draft, token in zip(active, drawn.tokens, strict=True):
+            active = found.drafts
+            for draft, token in zip(active, found.tokens, strict=True):
                 draft.tokens.append(token)
                 draft.rows.append(CERTAIN if draft.is_greedy else num_rows)
                 num_rows += not draft.is_greedy
-            probs.append(drawn.q)
+            probs.append(found.q)
             count = len(active)
             active = [d for d in active if len(d.tokens) < d.limit and self._is_worth_a_pass(d, count)]
             if not active:
                 break
             started = time.perf_counter()
             num_passes += 1
-            logits = self.runner.forward(
-                [Chunk(d.tokens[-1:], len(d.state.token_ids) + len(d.tokens) - 1, d.state.block_ids) for d in active]
-            )
-        result = [drafts[i].proposal(self) if i in drafts else NOTHING for i in range(len(states))]
+            logits = self.runner.forward([draft.next_chunk() for draft in active])
         if self.length is not None and is_usual:
             self.length.observe_proposal(len(ready), num_passes, time.perf_counter() - begun)
-        return Proposal(tuple(result), joined(probs))
+        return Proposal(self._in_order(drafts, len(states)), joined(probs))
 
-    def _is_worth_a_token(self, draft: _Draft, sureness: float) -> bool:
+    def _in_order(self, drafts: Mapping[int, Draft], count: int) -> tuple[SequenceProposal, ...]:
+        """A proposal for each of `count` sequences, NOTHING for those without a draft."""
+        return tuple(drafts[i].proposal(self) if i in drafts else NOTHING for i in range(count))
+
+    def _is_worth_a_token(self, draft: Draft, sureness: float) -> bool:
         """Whether the next token's chance, known before it is drawn, pays for its verification."""
         if self.length is None:
             return True
@@ -119,7 +128,7 @@ class DraftModelProposer:
         draft.sureness.append(sureness)
         return True
 
-    def _is_worth_a_pass(self, draft: _Draft, num_active: int) -> bool:
+    def _is_worth_a_pass(self, draft: Draft, num_active: int) -> bool:
         """Whether one more token may be expected to pay for its share of a pass and its verification."""
         if self.length is None:
             return True
@@ -176,7 +185,7 @@ class DraftModelProposer:
 
 
 @dataclass(slots=True)
-class _Draft:
+class Draft:
     """What is being drafted for one sequence."""
 
     state: SequenceState
@@ -190,6 +199,10 @@ class _Draft:
     def is_greedy(self) -> bool:
         return self.state.params.is_greedy
 
+    def next_chunk(self) -> Chunk:
+        """The last token, for the pass that gives the next."""
+        return Chunk(self.tokens[-1:], len(self.state.token_ids) + len(self.tokens) - 1, self.state.block_ids)
+
     def proposal(self, proposer: DraftModelProposer) -> SequenceProposal:
         if not self.tokens:
             return NOTHING
@@ -201,12 +214,12 @@ class _Draft:
 class _Drawn:
     """The drafts that got a token, the tokens, and the q of those that were not greedy, [sampled, vocab_size]."""
 
-    drafts: list[_Draft]
+    drafts: list[Draft]
     tokens: list[int]
     q: Tensor
 
 
-def _draw(logits: Tensor, drafts: Sequence[_Draft], is_worth: Callable[[_Draft, float], bool]) -> _Drawn:
+def _draw(logits: Tensor, drafts: Sequence[Draft], is_worth: Callable[[Draft, float], bool]) -> _Drawn:
     """A token per row of logits [drafts, vocab_size], for the drafts that are `is_worth` one at their row's largest
     probability. At temperature 0 the token is certain, which saves all passes over q."""
     rows = [draft.state.sampling_row(draft.tokens) for draft in drafts]
@@ -241,7 +254,7 @@ def _rows(logits: Tensor, indices: list[int]) -> Tensor:
     return logits if len(indices) == len(logits) else logits[indices]
 
 
-def _sample(q: Tensor, drafts: Sequence[_Draft]) -> list[int]:
+def _sample(q: Tensor, drafts: Sequence[Draft]) -> list[int]:
     """Draw one token per row of q [drafts, vocab_size], each by its sequence's coupling."""
     tokens = [0] * len(drafts)
     racing = [i for i, draft in enumerate(drafts) if draft.state.coupling is Coupling.DRAFTER_INVARIANT]

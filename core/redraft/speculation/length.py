@@ -119,12 +119,13 @@ class LengthController:
         rates = [self.rate(state) for state in states]
         best_k = self._best(rates, limits)
         if best_k == 0:
-            return self._probe(limits)
+            return self._tried(states, limits, [0] * len(limits)) or self._probe(limits)
         self._probe_after = _FIRST_PROBE
         if len(states) == 1:  # best_k is its own
             return [min(best_k, limit) for limit in limits]
         worth = self.token_price
-        return [_trim(rate, min(best_k, limit), worth) for rate, limit in zip(rates, limits, strict=True)]
+        chosen = [_trim(rate, min(best_k, limit), worth) for rate, limit in zip(rates, limits, strict=True)]
+        return self._tried(states, limits, chosen) or chosen
 
     def allow(self, states: Sequence[SequenceState], limits: Sequence[int], missing: Sequence[int]) -> list[int]:
         """The same for a proposer that decides at every token whether it goes on (`token_price`, `pass_price`): the
@@ -153,9 +154,9 @@ class LengthController:
             limit if self._is_worth_reading(state, num_missing, saving, len(states)) else 0
             for state, limit, num_missing in zip(states, limits, missing, strict=True)
         ]
-        if self.is_on_trial and any(due := [self._is_due(state) for state in states]):
+        if (tried := self._tried(states, limits, worth)) is not None:
             self._token_seconds = 0.0
-            return [max(k, min(1, limit)) if is_due else k for k, limit, is_due in zip(worth, limits, due, strict=True)]
+            return tried
         is_on = any(worth)
         if is_on and self._idle_steps + 1 < self._probe_after:
             self._idle_steps += 1
@@ -180,6 +181,12 @@ class LengthController:
         around = self._tokens_in(self._around_passes.estimate(num_sequences)) / num_sequences
         gain = max(self.confidence.surplus(self.token_price) - self.pass_price(num_sequences) - around, 0.0)
         return gain / (1.0 + gain)
+
+    def _tried(self, states: Sequence[SequenceState], limits: Sequence[int], chosen: Sequence[int]) -> list[int] | None:
+        """While two drafts are compared: what was chosen, but a token at least for who is due; None if nobody is."""
+        if not self.is_on_trial or not any(due := [self._is_due(state) for state in states]):
+            return None
+        return [max(k, min(1, limit)) if is_due else k for k, limit, is_due in zip(chosen, limits, due, strict=True)]
 
     def _is_due(self, state: SequenceState) -> bool:
         """Whether the sequence has gone on for long without a word of its draft being verified."""

@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from redraft.models.buckets import resolved
 from redraft.sampling.coupling import DraftedTokens
 from redraft.speculation.state import SequenceState
+from redraft.transfer import upload
 
 CERTAIN = -1
 
@@ -19,6 +21,7 @@ CERTAIN = -1
 class SequenceProposal:
     """Drafted tokens of one sequence.
 
+    A token below 0 is not known to the host yet: -1 - i stands for `Proposal.drawn[i]`.
     `prob_rows[j]` is the row of `Proposal.probs` that token j was drawn from, or CERTAIN where q is one-hot.
     `sureness[j]` is the largest probability where token j was drawn; nothing if that was not looked at.
     """
@@ -37,16 +40,31 @@ NOTHING = SequenceProposal()
 class Proposal:
     sequences: tuple[SequenceProposal, ...]
     probs: Tensor  # [model-proposed tokens, vocab_size] float32; `NO_PROBS` if all are certain
+    drawn: Tensor | None = None  # [any] int64, tokens that are on the device only
 
     def drafted_tokens(self, order: Sequence[int], device: torch.device | str) -> DraftedTokens:
         """The tokens of the sequences listed in `order`, flattened for the couplings, on the target's device."""
-        tokens = [token for index in order for token in self.sequences[index].token_ids]
+        ids = [token for index in order for token in self.sequences[index].token_ids]
         rows = [row for index in order for row in self.sequences[index].prob_rows]
+        tokens = upload(ids, torch.int64, device)
         return DraftedTokens(
-            torch.tensor(tokens, dtype=torch.int64, device=device),
-            torch.tensor(rows, dtype=torch.int64, device=device),
+            tokens if self.drawn is None else resolved(tokens, self.drawn.to(device)),
+            upload(rows, torch.int64, device),
             self.probs.to(device),
         )
+
+    def on_host(self) -> Proposal:
+        """The same with every token known. Waits for the device if there is anything to wait for."""
+        return self if self.drawn is None else self.with_known(self.drawn.tolist())
+
+    def with_known(self, drawn: Sequence[int]) -> Proposal:
+        """The same, given what `drawn` holds."""
+
+        def known(proposal: SequenceProposal) -> SequenceProposal:
+            tokens = tuple(token if token >= 0 else drawn[-1 - token] for token in proposal.token_ids)
+            return replace(proposal, token_ids=tokens)
+
+        return Proposal(tuple(map(known, self.sequences)), self.probs)
 
 
 NO_PROBS = torch.empty(0, 0)
@@ -70,25 +88,30 @@ class Gathered:
     def __init__(self, count: int) -> None:
         self.chosen = [NOTHING] * count
         self._probs: list[Tensor] = []
-        self._num_rows = 0
+        self._drawn: list[Tensor] = []
+        self._num_rows = self._num_drawn = 0
 
     def add(self, members: Sequence[int], part: Proposal) -> None:
         """What was proposed for the sequences at these indices."""
         for index, proposal in zip(members, part.sequences, strict=True):
-            self.chosen[index] = _shifted(proposal, self._num_rows)
+            self.chosen[index] = _shifted(proposal, self._num_rows, self._num_drawn)
         self._probs.append(part.probs)
         self._num_rows += len(part.probs)
+        if part.drawn is not None:
+            self._drawn.append(part.drawn)
+            self._num_drawn += len(part.drawn)
 
     def proposal(self) -> Proposal:
-        return Proposal(tuple(self.chosen), joined(self._probs))
+        return Proposal(tuple(self.chosen), joined(self._probs), torch.cat(self._drawn) if self._drawn else None)
 
 
-def _shifted(proposal: SequenceProposal, offset: int) -> SequenceProposal:
-    """The same proposal with its rows moved by `offset`."""
-    if offset == 0:
+def _shifted(proposal: SequenceProposal, num_rows: int, num_drawn: int) -> SequenceProposal:
+    """The same proposal behind so many rows and drawn tokens of others."""
+    if num_rows == num_drawn == 0:
         return proposal
-    rows = tuple(row if row == CERTAIN else row + offset for row in proposal.prob_rows)
-    return replace(proposal, prob_rows=rows)
+    rows = tuple(row if row == CERTAIN else row + num_rows for row in proposal.prob_rows)
+    tokens = tuple(token if token >= 0 else token - num_drawn for token in proposal.token_ids)
+    return replace(proposal, token_ids=tokens, prob_rows=rows)
 
 
 class Proposer(Protocol):

@@ -10,20 +10,21 @@ the sequence is [.., t, d0, r] with KV of all but r: the KV of d1 and d2 is over
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from redraft.models.runner import Chunk, ModelRunner
 from redraft.sampling.logprobs import TeacherRow, TokenLogprob, token_logprobs
+from redraft.speculation.ahead import verify_ahead
 from redraft.speculation.proposer import NOTHING, Proposal, Proposer, SequenceProposal, nothing_proposed
 from redraft.speculation.state import SequenceState
-from redraft.speculation.verify import verify
+from redraft.speculation.verify import SequenceVerdict, verify
+from redraft.transfer import Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +108,35 @@ class StepObserver(Protocol):
         """Called once at the end of a step that emitted anything."""
 
 
-@torch.inference_mode()
 def speculative_step(
     work: Sequence[Work], target: ModelRunner, proposer: Proposer | None, observer: StepObserver | None = None
 ) -> StepResult:
     """Advance every sequence by one step and update its state (tokens appended, KV reach moved)."""
+    return begin_step(work, target, proposer, observer).finish()
+
+
+@torch.inference_mode()
+def begin_step(
+    work: Sequence[Work], target: ModelRunner, proposer: Proposer | None, observer: StepObserver | None = None
+) -> StepUnderWay:
+    """Give the device all of a step's work. Where `target.runs_ahead`, nothing of it need be done on return."""
     states = [w.state for w in work]
-    started = time.perf_counter()
+    watch = Stopwatch(target.device)
+    watch.mark()
     if proposer is not None and any(w.max_draft for w in work):
         proposal = proposer.propose(states, [w.max_draft if w.emits else 0 for w in work])
     else:
         proposal = nothing_proposed(len(work))
-    proposed = time.perf_counter()
+    if not target.runs_ahead:
+        proposal = proposal.on_host()
+    watch.mark()
 
     chunks = [_chunk(w, p) for w, p in zip(work, proposal.sequences, strict=True)]
-    logits = target.forward(chunks)
+    logits = target.forward(chunks, proposal.drawn)
     ends = list(accumulate(chunk.num_logits for chunk in chunks))
     emitting = [i for i, w in enumerate(work) if w.emits]
-    verdicts = verify(
+    judge = verify_ahead if target.runs_ahead else _verify_at_once
+    collect = judge(
         states,
         proposal,
         emitting,
@@ -132,42 +144,71 @@ def speculative_step(
         num_top=max((work[i].teacher_top_n for i in emitting), default=0),
         with_probs=observer is not None,
     )
+    watch.mark()  # what is left is the host's
+    return StepUnderWay(work, proposer, observer, chunks, logits, ends, collect, watch)
 
-    outputs: list[StepOutput] = []
-    verified_now: list[Verified] = []
-    for i, (w, p, chunk, end) in enumerate(zip(work, proposal.sequences, chunks, ends, strict=True)):
-        prompt_scores = _prompt_logprobs(w, logits, end - chunk.num_logits)
-        verdict = verdicts.get(i)
-        if verdict is None:
-            w.state.num_computed += w.num_tokens
-            outputs.append(StepOutput(prompt_logprobs=prompt_scores))
-            continue
-        if not verdict.finite:
-            outputs.append(StepOutput(failed=True))
-            continue
-        emitted = (*p.token_ids[: verdict.num_accepted], verdict.final_token)
-        outputs.append(
-            StepOutput(
-                emitted,
-                p,
-                verdict.num_accepted,
-                verdict.expected,
-                _logprobs(w, logits, end - len(p.token_ids) - 1, emitted),
-                prompt_scores,
-                verdict.labels if w.teacher_top_n else (),
+
+@dataclass(frozen=True, slots=True)
+class StepUnderWay:
+    """A step whose verdicts have not been looked at; no state has changed but the reach of the draft's KV."""
+
+    work: Sequence[Work]
+    proposer: Proposer | None
+    observer: StepObserver | None
+    chunks: Sequence[Chunk]
+    logits: Tensor
+    ends: Sequence[int]  # of each sequence's rows among the logits
+    collect: Callable[[], tuple[dict[int, SequenceVerdict], Proposal]]
+    watch: Stopwatch
+
+    @torch.inference_mode()
+    def finish(self) -> StepResult:
+        """Wait for the verdicts and apply them."""
+        verdicts, proposal = self.collect()
+        outputs: list[StepOutput] = []
+        verified_now: list[Verified] = []
+        rows = zip(self.work, proposal.sequences, self.chunks, self.ends, strict=True)
+        for i, (w, p, chunk, end) in enumerate(rows):
+            prompt_scores = _prompt_logprobs(w, self.logits, end - chunk.num_logits)
+            verdict = verdicts.get(i)
+            if verdict is None:
+                w.state.num_computed += w.num_tokens
+                outputs.append(StepOutput(prompt_logprobs=prompt_scores))
+                continue
+            if not verdict.finite:
+                outputs.append(StepOutput(failed=True))
+                continue
+            emitted = (*p.token_ids[: verdict.num_accepted], verdict.final_token)
+            outputs.append(
+                StepOutput(
+                    emitted,
+                    p,
+                    verdict.num_accepted,
+                    verdict.expected,
+                    _logprobs(w, self.logits, end - len(p.token_ids) - 1, emitted),
+                    prompt_scores,
+                    verdict.labels if w.teacher_top_n else (),
+                )
             )
-        )
-        if p.token_ids and proposer is not None:
-            proposer.settle(w.state, verdict.num_accepted, p)
-        w.state.num_computed = len(w.state.token_ids) + verdict.num_accepted
-        w.state.token_ids.extend(emitted)
-        if verdict.probs is not None:
-            verified_now.append(Verified(w.state, verdict.probs, p, verdict.expected))
-    finished = time.perf_counter()
-    if observer is not None and verified_now:
-        observer.observe(verified_now)
-    num_target_tokens = sum(len(chunk.token_ids) for chunk in chunks)
-    return StepResult(tuple(outputs), proposed - started, finished - proposed, num_target_tokens)
+            if p.token_ids and self.proposer is not None:
+                self.proposer.settle(w.state, verdict.num_accepted, p)
+            w.state.num_computed = len(w.state.token_ids) + verdict.num_accepted
+            w.state.token_ids.extend(emitted)
+            if verdict.probs is not None:
+                verified_now.append(Verified(w.state, verdict.probs, p, verdict.expected))
+        draft_seconds, verify_seconds = self.watch.laps()
+        if self.observer is not None and verified_now:
+            self.observer.observe(verified_now)
+        num_target_tokens = sum(len(chunk.token_ids) for chunk in self.chunks)
+        return StepResult(tuple(outputs), draft_seconds, verify_seconds, num_target_tokens)
+
+
+def _verify_at_once(
+    states: Sequence[SequenceState], proposal: Proposal, members: Sequence[int], logits: Tensor, **options: Any
+) -> Callable[[], tuple[dict[int, SequenceVerdict], Proposal]]:
+    """`verify` in the form of `verify_ahead`."""
+    verdicts = verify(states, proposal, members, logits, **options)
+    return lambda: (verdicts, proposal)
 
 
 def _chunk(work: Work, proposal: SequenceProposal) -> Chunk:

@@ -28,6 +28,7 @@ from redraft.sampling.processors import SamplingRow, adjusted_logits, peaks, pro
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
 from redraft.speculation.proposer import CERTAIN, Proposal
 from redraft.speculation.state import SequenceState
+from redraft.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,8 @@ def verify(
 
     ends = accumulate(len(d) + 1 for d in drafts)
     rows_of = {i: range(end - len(d) - 1, end) for i, d, end in zip(members, drafts, ends, strict=True)}
-    rules: dict[Coupling | None, list[int]] = {}
-    for i in members:
-        rules.setdefault(None if states[i].params.is_greedy else states[i].coupling, []).append(i)
     result: dict[int, SequenceVerdict] = {}
-    for coupling, own in rules.items():
+    for coupling, own in by_rule(states, members).items():
         rows = [row for i in own for row in rows_of[i]]
         group = _Group(
             own,
@@ -120,6 +118,25 @@ def verify(
             tested += len(d)
             start += len(d) + 1
     return result
+
+
+def by_rule(states: Sequence[SequenceState], members: Sequence[int]) -> dict[Coupling | None, list[int]]:
+    """The members by the rule that verifies them: None at temperature 0, else their coupling."""
+    rules: dict[Coupling | None, list[int]] = {}
+    for i in members:
+        rules.setdefault(None if states[i].params.is_greedy else states[i].coupling, []).append(i)
+    return rules
+
+
+def row_keys(states: Sequence[SequenceState], num_drafts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What each row's random numbers are made of, key and position, [rows] int64 each: row j of a sequence is output
+    position n + j."""
+    keys: list[int] = []
+    positions: list[int] = []
+    for state, count in zip(states, num_drafts, strict=True):
+        keys += [state.key] * (count + 1)
+        positions += range(state.num_output_tokens, state.num_output_tokens + count + 1)
+    return as_key_tensor(keys, device), upload(positions, torch.int64, device)
 
 
 def _judge_greedy(group: _Group, proposal: Proposal, with_probs: bool) -> tuple[Verdict, list[float], Tensor | None]:
@@ -166,13 +183,8 @@ def _couple(
     states: Sequence[SequenceState],
     drafts: Sequence[tuple[int, ...]],
 ) -> Verdict:
-    """Apply one coupling with each sequence's own randomness; row j of a sequence is output position n + j."""
-    row_keys: list[int] = []
-    row_positions: list[int] = []
-    for state, draft in zip(states, drafts, strict=True):
-        row_keys += [state.key] * (len(draft) + 1)
-        row_positions += range(state.num_output_tokens, state.num_output_tokens + len(draft) + 1)
-    keys, positions = as_key_tensor(row_keys, probs.device), torch.tensor(row_positions, device=probs.device)
+    """Apply one coupling with each sequence's own randomness."""
+    keys, positions = row_keys(states, layout.num_drafts, probs.device)
     if coupling is Coupling.DRAFTER_INVARIANT:
         return accept_choice(keyed_race(probs, keys, positions).tolist(), drafts)
     accept = uniforms(keys, positions, Purpose.ACCEPT)[layout.draft_rows]

@@ -126,9 +126,10 @@ class _MixedRunner:
         self.device = first.device
         self.num_blocks = min(first.num_blocks, second.num_blocks)
         self.block_size = first.block_size
+        self.runs_ahead = first.runs_ahead
 
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        parts = [runner.forward(chunks).log_softmax(dim=1) for runner in self._runners]
+    def forward(self, chunks: Sequence[Chunk], drawn: Tensor | None = None) -> Tensor:
+        parts = [runner.forward(chunks, drawn).log_softmax(dim=1) for runner in self._runners]
         return torch.logaddexp(parts[0] + self._log_shares[0], parts[1] + self._log_shares[1])
 
 

@@ -27,7 +27,7 @@ from redraft.telemetry.metrics import ServerMetrics
 from redraft.traffic.writer import TrafficWriter
 from redraft_server.config import ServerConfig
 from redraft_server.engine.api import EngineInfo
-from redraft_server.engine.devices import model_device, model_dtype, start_group
+from redraft_server.engine.devices import bucket_limits, model_device, model_dtype, start_group
 from redraft_server.engine.drafts import DraftHost, ResidentDraft, RunnerSizes
 from redraft_server.engine.engine import Engine, EngineParts
 from redraft_server.engine.observe import DraftMonitor
@@ -73,7 +73,7 @@ def build_engine(
         config.engine.kv_block_size,
         prefix_cache=config.engine.prefix_cache,
     )
-    sizes = RunnerSizes(pool.num_blocks, pool.block_size, tokenizer.vocab_size)
+    sizes = RunnerSizes(pool.num_blocks, pool.block_size, tokenizer.vocab_size, bucket_limits(config, device))
     runner = sizes.runner(target) if group is None else LeadingRunner(target.model, group, **asdict(sizes))
     target_cost = measure_cost(runner)
     host = DraftHost(

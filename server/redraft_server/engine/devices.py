@@ -8,6 +8,7 @@ import signal
 import torch
 
 from redraft.errors import ConfigError
+from redraft.models.buckets import BucketLimits
 from redraft.models.loader import read_config
 from redraft.models.parallel import check_shardable
 from redraft.models.parallel_group import Group
@@ -32,6 +33,13 @@ def model_dtype(config: ModelConfig, device: torch.device) -> torch.dtype | None
         return torch.float32 if device.type == "cpu" else None
     dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype
+
+
+def bucket_limits(config: ServerConfig, device: torch.device) -> BucketLimits | None:
+    """What is run in fixed shapes, as CUDA graphs: every step that only decodes, on a GPU of its own."""
+    if device.type != "cuda" or config.model.tensor_parallel > 1:
+        return None
+    return BucketLimits(config.engine.max_running_requests, 1 + config.speculation.num_speculative_tokens)
 
 
 def start_group(config: ServerConfig, target: ModelRef) -> Group:

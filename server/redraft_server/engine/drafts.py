@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from redraft.errors import UnsupportedModel
+from redraft.models.buckets import BucketLimits
 from redraft.models.cache import Progress, stderr_progress
 from redraft.models.draft import load_draft
 from redraft.models.loader import LoadedModel
@@ -62,6 +63,7 @@ class RunnerSizes:
     num_blocks: int
     block_size: int
     vocab_size: int
+    buckets: BucketLimits | None = None
 
     def runner(self, loaded: LoadedModel, output_ids: torch.Tensor | None = None) -> ModelRunner:
         return ModelRunner(
@@ -70,6 +72,7 @@ class RunnerSizes:
             block_size=self.block_size,
             vocab_size=self.vocab_size,
             output_ids=output_ids,
+            buckets=self.buckets,
         )
 
 

@@ -18,8 +18,9 @@ from redraft.speculation.cost import StepCost
 from redraft.speculation.draft_model import DraftModelProposer
 from redraft.speculation.proposer import Proposer
 from redraft.speculation.router import DraftRouter
-from redraft.speculation.step import StepObserver, StepResult, speculative_step
+from redraft.speculation.step import StepObserver, StepResult, begin_step
 from redraft.telemetry.metrics import ServerMetrics
+from redraft.telemetry.observations import StepObservation
 from redraft_server.engine.api import (
     DuplicateRequestId,
     EngineInfo,
@@ -87,6 +88,7 @@ class Engine:
         self._unavailable: tuple[str, str] | None = None  # reason and message of EngineUnavailable
         self._stopping = False  # guarded by _lock
         self._faults = 0
+        self._untold: StepObservation | None = None  # the last step's, for metrics and monitor
         self._service_seconds: float | None = None  # moving average of a request's time from first step to end
         self._thread = threading.Thread(target=self._run, name="redraft-engine", daemon=True)
 
@@ -221,8 +223,8 @@ class Engine:
                 self._take_commands()
                 self._expire()
                 self._step(self.scheduler.schedule())  # no name here: it would keep the last batch alive while idle
-                self._delivery.flush()
-                self._report_load()
+                if not (self._parts.target.runs_ahead and self.scheduler.running):
+                    self._tell()
         except Exception:
             # Outside a step nothing says whose fault it is: end every request rather than leave it without a reply.
             logger.exception("engine loop failed")
@@ -241,7 +243,9 @@ class Engine:
             return
 
     def _step(self, scheduled: list[Scheduled]) -> None:
+        """One step. What everybody is to hear of the one before they hear while a GPU is at this one's work."""
         if not scheduled:
+            self._tell()
             return
         prompt_starts = [s.work.state.num_computed for s in scheduled]
         now = self._clock()
@@ -249,8 +253,11 @@ class Engine:
             if s.completion.request.first_scheduled is None:
                 s.completion.request.first_scheduled = now
         try:
-            result = speculative_step([s.work for s in scheduled], self._parts.target, self._proposer, self._observer)
-            self._deliver(scheduled, result, prompt_starts)
+            work = [s.work for s in scheduled]
+            under_way = begin_step(work, self._parts.target, self._proposer, self._observer)
+            if self._parts.target.runs_ahead:
+                self._tell()
+            self._deliver(scheduled, under_way.finish(), prompt_starts)
         except Exception:
             self._fault(scheduled)
         else:
@@ -262,6 +269,8 @@ class Engine:
         now = self._clock()
         gaps: list[float] = []
         for s, output, start in zip(scheduled, result.outputs, prompt_starts, strict=True):
+            if s.completion.finish_reason is not None:
+                continue  # its request has ended meanwhile, and its blocks are somebody else's
             self.scheduler.settle(s.completion)
             is_first = s.completion.request.first_token is None
             self._delivery.deliver(s.completion, output, start, now)
@@ -271,11 +280,17 @@ class Engine:
                 self._begin_siblings(s.completion)
             if (gap := s.completion.note_delivery(now)) is not None:
                 gaps.append(gap)
-        observation = step_observation(scheduled, result, gaps)
-        if self._parts.metrics is not None:
+        self._untold = step_observation(scheduled, result, gaps)
+
+    def _tell(self) -> None:
+        """Hand out the events of what has happened, and count it."""
+        self._delivery.flush()
+        observation, self._untold = self._untold, None
+        if observation is not None and self._parts.metrics is not None:
             self._parts.metrics.observe_step(observation)
-        if self._parts.monitor is not None:
+        if observation is not None and self._parts.monitor is not None:
             self._parts.monitor.observe_step(observation.sequences)
+        self._report_load()
 
     def _fault(self, scheduled: list[Scheduled]) -> None:
         """A bug or an exhausted device: the step's requests end, the engine goes on; three in a row end it."""

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from redraft.sampling.params import SamplingParams
+from redraft.transfer import Download
 from redraft_server.engine.api import (
     DuplicateRequestId,
+    EngineEvent,
     EngineUnavailable,
     FinishReason,
     QueueFull,
@@ -21,6 +23,7 @@ from tests.engine_harness import (
     WAIT_S,
     Acting,
     Clock,
+    Collected,
     EngineSpec,
     check_identities,
     generate,
@@ -199,3 +202,28 @@ def test_a_swapped_draft_is_the_one_that_counts() -> None:
     )
     stats = after.finished.speculation
     assert stats.accepted_tokens == stats.draft_tokens > 0
+
+
+def test_a_step_is_told_of_while_the_device_is_at_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    with running_engine(EngineSpec(runs_ahead=True, proposer="none")) as engine:
+        forward, wait = engine._parts.target.forward, Download.wait
+
+        def enqueued(chunks: Any, drawn: Any = None) -> Any:
+            happened.append("enqueued")
+            return forward(chunks, drawn)
+
+        def waited(self: Download) -> Any:
+            happened.append("waited")
+            return wait(self)
+
+        class Reader(Collected):
+            def __call__(self, events: list[EngineEvent]) -> None:
+                happened.append("told")
+                super().__call__(events)
+
+        monkeypatch.setattr(engine._parts.target, "forward", enqueued)
+        monkeypatch.setattr(Download, "wait", waited)
+        submit(engine, request(PROMPT, GREEDY, 4), Reader()).wait()
+    # nobody is told late, either: the last step has none after it
+    assert happened == ["enqueued", "waited", *(["enqueued", "told", "waited"] * 3), "told"]

@@ -34,11 +34,11 @@ def fail_times(monkeypatch: pytest.MonkeyPatch, engine: Engine, times: int) -> N
     target = engine._parts.target
     forward, left = target.forward, [times]
 
-    def failing(chunks: Any) -> Any:
+    def failing(chunks: Any, drawn: Any = None) -> Any:
         if left[0] > 0:
             left[0] -= 1
             raise RuntimeError("out of memory")
-        return forward(chunks)
+        return forward(chunks, drawn)
 
     monkeypatch.setattr(target, "forward", failing)
 
@@ -85,7 +85,7 @@ def test_a_request_that_arrives_while_the_engine_dies_ends_once(monkeypatch: pyt
     with running_engine(EngineSpec(max_running=1)) as engine:
         left = [3]
 
-        def failing(chunks: Any) -> Any:
+        def failing(chunks: Any, drawn: Any = None) -> Any:
             left[0] -= 1
             if left[0] == 0:
                 engine.submit(request(PROMPT, GREEDY), late)  # admitted, but not yet begun when all are ended
@@ -129,7 +129,8 @@ def test_a_fault_while_delivering_ends_the_steps_requests(monkeypatch: pytest.Mo
         assert generate(engine, [request(PROMPT, GREEDY)])[0].finish_reason() is FinishReason.LENGTH
 
 
-def test_a_broken_sink_ends_its_own_request_only() -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])  # ahead of a device: the step it breaks in goes on without it
+def test_a_broken_sink_ends_its_own_request_only(runs_ahead: bool) -> None:
     class Broken(Acting):
         def __init__(self) -> None:
             super().__init__(self._raise, at=2)
@@ -137,7 +138,7 @@ def test_a_broken_sink_ends_its_own_request_only() -> None:
         def _raise(self) -> None:
             raise RuntimeError("the reader is gone")
 
-    with running_engine() as engine:
+    with running_engine(EngineSpec(runs_ahead=runs_ahead)) as engine:
         with held(engine):
             broken = submit(engine, request(PROMPT, GREEDY, 200), Broken())
             healthy = submit(engine, request(PROMPT, GREEDY, 30))
@@ -154,8 +155,8 @@ def test_logits_that_are_not_finite_end_their_own_request_only(monkeypatch: pyte
         target = engine._parts.target
         forward = target.forward
 
-        def poisoned(chunks: Any) -> Any:
-            logits = forward(chunks)
+        def poisoned(chunks: Any, drawn: Any = None) -> Any:
+            logits = forward(chunks, drawn)
             row = 0
             for chunk in chunks:
                 if poison in chunk.token_ids:

@@ -66,13 +66,14 @@ def test_certain_tokens_stay_certain_beside_a_models() -> None:
     drafted = merged.drafted_tokens([1, 0], "cpu")
     assert drafted.token_ids.tolist() == [3, 3, 1, 1]
     assert drafted.prob_row.tolist() == [-1, -1, 0, 1]
-    assert drafted.probability_of_own_token().tolist() == [1, 1, 2, 2]
+    assert drafted.probability_of(drafted.token_ids).tolist() == [1, 1, 2, 2]
 
 
 def test_only_certain_tokens_or_none_at_all() -> None:
     lookup = Scripted("lookup", 0.0, {1: (3, 3)}, certain=True)
     merged = FallbackProposer([lookup]).propose(states(2), [2, 2])
-    assert merged.drafted_tokens([0, 1], "cpu").probability_of_own_token().tolist() == [1, 1]
+    drafted = merged.drafted_tokens([0, 1], "cpu")
+    assert drafted.probability_of(drafted.token_ids).tolist() == [1, 1]
     nothing = FallbackProposer([lookup]).propose(states(2), [0, 0])
     assert nothing.sequences == (NOTHING, NOTHING)
 

@@ -271,8 +271,8 @@ class Overflowing(ModelRunner):
     value = float("nan")
     token = 31
 
-    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        logits = super().forward(chunks)
+    def forward(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
+        logits = super().forward(chunks, drawn)
         hit = [self.token in chunk.token_ids for chunk in chunks for _ in range(chunk.num_logits)]
         return logits.masked_fill(torch.tensor(hit, dtype=torch.bool).unsqueeze(1), self.value)
 
@@ -308,8 +308,8 @@ def test_an_overflow_after_a_rejected_token_does_not_count() -> None:
     assert plain_decode(tiny_model("llama", vocab_size=VOCAB), PROMPTS[0], PARAMS[0], 1)[0] != 30
 
     class Late(Overflowing):
-        def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-            logits = ModelRunner.forward(self, chunks)
+        def forward(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
+            logits = ModelRunner.forward(self, chunks, drawn)
             logits[-2:] = float("nan")  # the rows after 31
             return logits
 
