@@ -129,9 +129,7 @@ class Bench:
         if kind is ProposerKind.NONE:
             return None, epoch
         if kind is ProposerKind.NGRAM:
-            return NgramProposer(
-                self.tokenizer.vocab_size, min_match=NGRAM_MIN, max_match=NGRAM_MAX, length=None
-            ), epoch
+            return NgramProposer(min_match=NGRAM_MIN, max_match=NGRAM_MAX, length=None), epoch
         draft = self.drafts[kind]
         return DraftModelProposer(
             draft.runner, version=draft.version, epoch=epoch, max_catch_up=MAX_BATCH_TOKENS, length=None

@@ -58,9 +58,9 @@ class DemoModels:
         if name == "none":
             return None
         if name == "ngram":
-            return NgramProposer(self.tokenizer.vocab_size)
+            return NgramProposer()
         if name == "ngram+B":
-            return FallbackProposer([NgramProposer(self.tokenizer.vocab_size), self._draft("B", epoch)])
+            return FallbackProposer([NgramProposer(), self._draft("B", epoch)])
         return self._draft(name, epoch)
 
     def _draft(self, name: str, epoch: int) -> Proposer:

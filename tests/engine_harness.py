@@ -165,7 +165,7 @@ def make_proposer(spec: EngineSpec, target_cost: StepCost, epoch: int = 0) -> Pr
         )
 
     def ngram() -> Proposer:
-        return NgramProposer(spec.vocab_size, min_match=1, max_match=3, length=length("ngram", None))
+        return NgramProposer(min_match=1, max_match=3, length=length("ngram", None))
 
     match spec.proposer:
         case "none":

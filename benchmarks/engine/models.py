@@ -75,7 +75,6 @@ class Models:
         if mode == NGRAM:
             length = LengthController(NgramProposer.name, cost, None)
             return NgramProposer(
-                self.tokenizer.vocab_size,
                 min_match=_DEFAULTS.ngram_min,
                 max_match=_DEFAULTS.ngram_max,
                 length=length,

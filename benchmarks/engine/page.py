@@ -45,6 +45,7 @@ _STEP = (
     "what is left of a step without its passes, acceptance included. The event loop's CPU time is beside these shares."
 )
 _PAIRS = "Tokens per second with over without, prefill included, run in turn: median and quartiles of the pairs."
+_ON_OFF = f"{_PAIRS} Without: the same engine, by requests that want no drafted token."
 _SPEC_BENCH = (
     "One stream, until end-of-text or 128 tokens (8 with `--quick`): tokens per second over plain decoding, the "
     "geometric mean over prompts (and their quartiles), prefill included; and the same behind the first token."
@@ -168,6 +169,6 @@ _SECTIONS: dict[str, tuple[Any, ...]] = {
     "sampling": ("Sampling", _sampling),
     "step": ("A step", _STEP, _steps),
     "part": ("Parts", _PAIRS, _parts),
-    "speculation": ("Speculation on against off", _PAIRS, _speculation),
+    "speculation": ("Speculation on against off", _ON_OFF, _speculation),
     "spec_bench": ("Spec-Bench, the general draft", _SPEC_BENCH, _spec_bench),
 }

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from redraft.speculation.length import LengthController
-from redraft.speculation.proposer import CERTAIN, NOTHING, Proposal, SequenceProposal
+from redraft.speculation.proposer import CERTAIN, NO_PROBS, NOTHING, Proposal, SequenceProposal
 from redraft.speculation.state import SequenceState
 
 
@@ -15,23 +13,14 @@ class NgramProposer:
     """Proposes without a model; its q is one-hot.
 
     Args:
-        vocab_size: of the target.
         min_match, max_match: n-gram lengths tried, longest first.
         length: chooses how many tokens of a match to propose; None: as many as allowed.
     """
 
     name = "ngram"
 
-    def __init__(
-        self,
-        vocab_size: int,
-        *,
-        min_match: int = 2,
-        max_match: int = 4,
-        length: LengthController | None = None,
-    ) -> None:
+    def __init__(self, *, min_match: int = 2, max_match: int = 4, length: LengthController | None = None) -> None:
         assert 1 <= min_match <= max_match
-        self.vocab_size = vocab_size
         self.min_match = min_match
         self.max_match = max_match
         self.length = length
@@ -40,8 +29,7 @@ class NgramProposer:
         if self.length is not None:
             limits = self.length.choose(states, limits)
         return Proposal(
-            tuple(self._propose_one(state, limit) for state, limit in zip(states, limits, strict=True)),
-            torch.empty(0, self.vocab_size),
+            tuple(self._propose_one(state, limit) for state, limit in zip(states, limits, strict=True)), NO_PROBS
         )
 
     def settle(self, state: SequenceState, num_accepted: int, proposal: SequenceProposal) -> None:
@@ -62,21 +50,19 @@ def find_continuation(token_ids: list[int], limit: int, min_match: int, max_matc
     text that repeats itself (9, 9, 9, 9) would otherwise always offer one token.
     Example: (1, 2, 3, 9, 1, 2) with min_match 2 and limit 2 gives (3, 9).
     """
-    ids = torch.tensor(token_ids)
-    # candidates end (exclusively) at 1 .. len - 1: an occurrence must have at least one token after it
-    matches = torch.ones(len(ids) - 1, dtype=torch.bool)
-    best: torch.Tensor | None = None
-    for back in range(min(max_match, len(ids) - 1)):
-        last = len(ids) - 1 - back
-        same = torch.zeros_like(matches)
-        same[back:] = ids[: len(matches) - back] == ids[last]
-        matches &= same
-        if not bool(matches.any()):
-            break
-        if back + 1 >= min_match:
-            best = matches.clone()
-    if best is None:
+    last, size = token_ids[-1], len(token_ids)
+    ends: list[int] = []  # (exclusive) of the longest occurrences
+    longest, end = min_match, 0
+    for _ in range(token_ids.count(last) - 1):  # the last of them is the suffix itself
+        end = token_ids.index(last, end) + 1
+        length = 1
+        while length < min(max_match, end) and token_ids[end - 1 - length] == token_ids[size - 1 - length]:
+            length += 1
+        if length > longest:
+            ends, longest = [end], length
+        elif length == longest:
+            ends.append(end)
+    if not ends:
         return ()
-    ends = (best.nonzero().flatten() + 1).tolist()
-    end = next((end for end in reversed(ends) if len(token_ids) - end >= limit), ends[0])
+    end = next((end for end in reversed(ends) if size - end >= limit), ends[0])
     return tuple(token_ids[end : end + limit])

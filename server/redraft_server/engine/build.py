@@ -95,7 +95,7 @@ def build_engine(
         EngineParts(
             target=runner,
             tokenizer=tokenizer,
-            proposer=_proposer(config, tokenizer.vocab_size, router, target_cost),
+            proposer=_proposer(config, router, target_cost),
             pool=pool,
             limits=SchedulerLimits(
                 max_running=config.engine.max_running_requests,
@@ -132,16 +132,14 @@ def _load(ref: ModelRef, config: ServerConfig, device: torch.device) -> LoadedMo
     )
 
 
-def _proposer(config: ServerConfig, vocab_size: int, router: DraftRouter, target_cost: StepCost) -> Proposer | None:
+def _proposer(config: ServerConfig, router: DraftRouter, target_cost: StepCost) -> Proposer | None:
     settings = config.speculation
     if settings.proposer == "none" or settings.num_speculative_tokens == 0:
         return None
     proposers: list[Proposer] = []
     if "ngram" in settings.proposer:
         length = LengthController(NgramProposer.name, target_cost, None) if settings.adaptive else None
-        proposers.append(
-            NgramProposer(vocab_size, min_match=settings.ngram_min, max_match=settings.ngram_max, length=length)
-        )
+        proposers.append(NgramProposer(min_match=settings.ngram_min, max_match=settings.ngram_max, length=length))
     if "draft_model" in settings.proposer:
         proposers.append(router)
     return proposers[0] if len(proposers) == 1 else FallbackProposer(proposers)

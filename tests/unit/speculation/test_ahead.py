@@ -60,7 +60,7 @@ def drafting(seed: int, *, runs_ahead: bool, version: str = "d") -> DraftModelPr
 
 
 def lookup() -> NgramProposer:
-    return NgramProposer(VOCAB, min_match=1, max_match=3)
+    return NgramProposer(min_match=1, max_match=3)
 
 
 def routed(*, runs_ahead: bool) -> DraftRouter:

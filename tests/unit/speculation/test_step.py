@@ -44,7 +44,7 @@ def drafting(arch: str, seed: int) -> DraftModelProposer:
 
 
 def lookup() -> NgramProposer:
-    return NgramProposer(VOCAB, min_match=1, max_match=3)
+    return NgramProposer(min_match=1, max_match=3)
 
 
 PROPOSERS: dict[str, Callable[[str], Proposer | None]] = {
