@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from redraft.models.attention import ATTENTION_NAME, PagedContext, Segment
-from redraft.models.buckets import BucketedForward, BucketLimits, resolved
+from redraft.models.buckets import Bucket, BucketedForward, BucketLimits, resolved
 from redraft.models.heads import reduce_head
 from redraft.models.kv_cache import KVCache, kv_shape
 from redraft.models.native_decoder import NativeDecoder, native_decoder
 from redraft.models.packed import pack_linears
 from redraft.models.parallel import local_kv_heads, num_shards
 from redraft.transfer import upload
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,18 @@ class ModelRunner:
         to be called where no pass is under way."""
         if self._buckets is None or self.device.type != "cuda":
             return []
-        captured = torch.inference_mode()(self._buckets.capture)
-        return [functools.partial(captured, bucket) for bucket in self._buckets.buckets()]
+        return [functools.partial(self._capture, bucket) for bucket in self._buckets.buckets()]
+
+    @torch.inference_mode()
+    def _capture(self, bucket: Bucket) -> None:
+        """Capture it, or give up buckets altogether: passes are slower without, and no less right."""
+        if self._buckets is None:
+            return
+        try:
+            self._buckets.capture(bucket)
+        except Exception:  # a compiler's, the device's, or that of an operation that must not be captured
+            logger.exception("a pass cannot be captured as a CUDA graph: this model runs without, and slower")
+            self._buckets = None
 
     def _transformers_forward(self, chunks: Sequence[Chunk], drawn: Tensor | None = None) -> Tensor:
         """As `forward`, with a column for every output of the head."""

@@ -130,6 +130,21 @@ def test_every_batch_within_the_limits_has_a_bucket() -> None:
     assert runner.captures() == []  # there is nothing to capture on a CPU
 
 
+def test_a_model_that_cannot_be_captured_runs_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(self: BucketedForward, bucket: Bucket) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain, padded = runners("llama")
+    monkeypatch.setattr(BucketedForward, "capture", refused)
+    for _ in range(2):  # nor is the next one tried
+        padded._capture(Bucket(1, 1))
+    assert ["CUDA graph" in record.message for record in caplog.records] == [True]
+    chunks = [Chunk([3, 4], 0, [1], 2)]
+    torch.testing.assert_close(padded.forward(chunks), plain.forward(chunks), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("arch", [*ARCHES, "qwen3"])
 def test_no_operation_of_a_padded_pass_waits_for_the_device(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could not be captured. A tensor on the meta device has no numbers: whoever asks for one gets an exception."""
