@@ -24,6 +24,22 @@ def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device | str
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def select_rows(rows: Tensor, indices: Sequence[int]) -> Tensor:
+    """These of `rows` [n, any], in ascending order; without a copy if they are all."""
+    return rows if len(indices) == len(rows) else rows.index_select(0, upload(indices, torch.int64, rows.device))
+
+
+def in_order(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """Entries [n] of several parts, each with the places that they have in the whole; no operation for a single one."""
+    filled = [part for part in parts if part[0]]
+    if len(filled) == 1:
+        return filled[0][1]
+    places = [place for indices, _ in filled for place in indices]
+    where = sorted(range(len(places)), key=places.__getitem__)
+    entries = torch.cat([entries for _, entries in filled])
+    return entries.index_select(0, upload(where, torch.int64, entries.device))
+
+
 class Download:
     """Copies of these tensors on their way to the host; `wait` is where the host waits for the device."""
 

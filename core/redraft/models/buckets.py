@@ -26,7 +26,6 @@ from redraft.transfer import upload
 if TYPE_CHECKING:
     from redraft.models.runner import Chunk
 
-_FIXED_ROTARY = {"default", "linear", "llama3", "yarn"}  # the others ask the host which angles to use
 _WARM_UPS = 2  # passes before a capture: the first compiles kernels
 
 
@@ -81,14 +80,6 @@ class BucketedForward:
         self._passes: dict[Bucket, _Pass] = {}
         self._pool: Any = None  # of memory, which all graphs share: no two of them run at once
 
-    @staticmethod
-    def can_capture(model: PreTrainedModel) -> bool:
-        """Whether nothing in the model's code is known to wait for the device."""
-        untyped: Any = model
-        kinds: Any = getattr(getattr(getattr(untyped, "model", None), "rotary_emb", None), "rope_type", None)
-        named = kinds.values() if isinstance(kinds, dict) else [kinds]  # by kind of layer, or one for all
-        return {*named} <= _FIXED_ROTARY
-
     def buckets(self) -> Iterator[Bucket]:
         """All of them, the smallest first."""
         for sequences in _powers(self._limits.max_sequences):
@@ -98,7 +89,7 @@ class BucketedForward:
     def bucket_of(self, chunks: Sequence[Chunk]) -> Bucket | None:
         """The bucket that these chunks are padded to; None if they are too many, or one of them too long."""
         rows = max(len(chunk.token_ids) for chunk in chunks)
-        blocks = max(-(-(chunk.start + len(chunk.token_ids)) // self._block_size) for chunk in chunks)
+        blocks = max(-(-chunk.end // self._block_size) for chunk in chunks)
         limits = self._limits
         if len(chunks) > limits.max_sequences or rows > limits.max_rows or blocks > self._table_width:
             return None
@@ -180,12 +171,8 @@ class BucketedForward:
         tokens, positions, slots, counts, table = (array("i") for _ in range(5))
         size, scratch = self._block_size, self._scratch_block
         for chunk in chunks:
-            length = len(chunk.token_ids)
-            end = chunk.start + length
-            blocks = chunk.block_ids[: -(-end // size)]
-            if len(blocks) * size < end:
-                raise IndexError(f"a block table of {len(blocks)} is too short for {end} positions")
-            missing = bucket.rows - length
+            end, blocks = chunk.end, chunk.blocks(size)
+            missing = bucket.rows - len(chunk.token_ids)
             tokens.extend([*chunk.token_ids, *([0] * missing)])
             positions.extend([*range(chunk.start, end), *([end - 1] * missing)])
             slots.extend(blocks[at // size] * size + at % size for at in range(chunk.start, end))

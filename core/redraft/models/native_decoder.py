@@ -21,12 +21,12 @@ from redraft.kernels.library import MAX_HEAD_DIM, CpuKernels, library
 from redraft.models.heads import embedding, output_head
 from redraft.models.kv_cache import KVCache, kv_shape
 from redraft.models.packed import fuse
+from redraft.models.rotary import has_fixed_angles
 
 if TYPE_CHECKING:
     from redraft.models.runner import Chunk
 
 _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
-_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
 _ROTARY_PAGE = 1024  # positions computed at once: always the same ones together, so always the same bits
 _WIDTH = 16  # numbers; rows between the linear layers are whole multiples of it
 
@@ -64,7 +64,7 @@ def _is_covered(model: PreTrainedModel, cache: KVCache) -> bool:
         and config.hidden_act in ("silu", "swish")
         and getattr(config, "sliding_window", None) is None
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-        and rotary.rope_type in _FIXED_ROTARY
+        and has_fixed_angles(model)
         and 2 * len(rotary.inv_freq) == head_dim
         and cache.keys.shape[1] == kv_heads
         and head_dim % 8 == 0
@@ -147,16 +147,11 @@ class NativeDecoder:
         token_ids, described, blocks = array("i"), array("i"), array("i")
         num_logits = longest = 0
         for chunk in chunks:
-            length = len(chunk.token_ids)
-            end = chunk.start + length
-            table = chunk.block_ids[: -(-end // self._block_size)]
-            if len(table) * self._block_size < end:
-                raise IndexError(f"a block table of {len(table)} is too short for {end} positions")
-            described.extend((length, chunk.start, chunk.num_logits, len(blocks)))
+            described.extend((len(chunk.token_ids), chunk.start, chunk.num_logits, len(blocks)))
             token_ids.extend(chunk.token_ids)
-            blocks.extend(table)
+            blocks.extend(chunk.blocks(self._block_size))
             num_logits += chunk.num_logits
-            longest = max(longest, end)
+            longest = max(longest, chunk.end)
         if longest > len(self._angles):
             self._extend_rotary(longest)
         logits = torch.empty(num_logits, self._logits_width)

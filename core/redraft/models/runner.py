@@ -18,6 +18,7 @@ from redraft.models.kv_cache import KVCache, kv_shape
 from redraft.models.native_decoder import NativeDecoder, native_decoder
 from redraft.models.packed import pack_linears
 from redraft.models.parallel import local_kv_heads, num_shards
+from redraft.models.rotary import has_fixed_angles
 from redraft.transfer import upload
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,18 @@ class Chunk:
     start: int
     block_ids: Sequence[int]
     num_logits: int = 1
+
+    @property
+    def end(self) -> int:
+        """Positions that are stored when it has run."""
+        return self.start + len(self.token_ids)
+
+    def blocks(self, block_size: int) -> Sequence[int]:
+        """Those that hold the positions up to its end. Raises IndexError if the table has too few."""
+        blocks = self.block_ids[: -(-self.end // block_size)]
+        if len(blocks) * block_size < self.end:
+            raise IndexError(f"a block table of {len(blocks)} is too short for {self.end} positions")
+        return blocks
 
 
 class ModelRunner:
@@ -89,7 +102,7 @@ class ModelRunner:
         self._native: NativeDecoder | None = None
         if buckets is None:
             self._native = native_decoder(model, self.cache, block_size, vocab_size, output_ids)
-        elif BucketedForward.can_capture(model):
+        elif has_fixed_angles(model):  # the others wait for the device, which cannot be captured
             self._buckets = BucketedForward(model, self.cache, num_blocks, block_size, buckets)
 
     @torch.inference_mode()

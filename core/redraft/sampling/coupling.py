@@ -173,8 +173,7 @@ def accept_maximal(
         accept_uniforms: [drafted tokens] in (0, 1).
         recover_uniforms: [layout.num_rows] in (0, 1); a sequence uses that of the row its last token is drawn at.
     """
-    target_own = target[layout.draft_rows, drafted.token_ids]
-    tests = (accept_uniforms * drafted.probability_of(drafted.token_ids) < target_own).tolist()
+    tests = _tests(target, drafted, layout, accept_uniforms).tolist()
     num_accepted, rows, rejected, start = [], [], [], 0
     for first, count in zip(layout.first_row, layout.num_drafts, strict=True):
         accepted = [*tests[start : start + count], False].index(False)
@@ -191,10 +190,13 @@ def settle_maximal(
     target: Tensor, drafted: DraftedTokens, layout: Layout, accept_uniforms: Tensor, recover_uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `accept_maximal`, on the device: number accepted and last token, [sequences] int64 each."""
-    target_own = target[layout.draft_rows, drafted.token_ids]
-    tests = accept_uniforms * drafted.probability_of(drafted.token_ids) < target_own
-    num_accepted, rows, rejected = layout.accepted(tests)
+    num_accepted, rows, rejected = layout.accepted(_tests(target, drafted, layout, accept_uniforms))
     return num_accepted, draw(drafted.residuals(target[rows], rejected), recover_uniforms[rows])
+
+
+def _tests(target: Tensor, drafted: DraftedTokens, layout: Layout, uniforms: Tensor) -> Tensor:
+    """Whether each drafted token passes: u < p / q. [drafted tokens] bool."""
+    return uniforms * drafted.probability_of(drafted.token_ids) < target[layout.draft_rows, drafted.token_ids]
 
 
 def settle_choice(choice: Tensor, drafted: DraftedTokens, layout: Layout) -> tuple[Tensor, Tensor]:

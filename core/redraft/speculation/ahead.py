@@ -8,7 +8,6 @@ numbers and so the output are the same; what is given up is the look at each tok
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,10 +27,10 @@ from redraft.sampling.logprobs import as_teacher_rows, summaries
 from redraft.sampling.params import Coupling
 from redraft.sampling.processors import SamplingRow, adjusted_logits, probabilities
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
-from redraft.speculation.proposer import CERTAIN, NO_PROBS, Proposal
+from redraft.speculation.proposer import NO_PROBS, Proposal
 from redraft.speculation.state import SequenceState
-from redraft.speculation.verify import SequenceVerdict, by_rule, row_keys
-from redraft.transfer import Download, upload
+from redraft.speculation.verify import Judgements, Rows, SequenceVerdict, row_keys
+from redraft.transfer import Download, in_order, select_rows, upload
 
 if TYPE_CHECKING:
     from redraft.speculation.draft_model import Draft
@@ -55,9 +54,7 @@ def draft_ahead(runner: ModelRunner, drafts: Sequence[Draft], logits: Tensor) ->
     while True:
         tokens, q = _drawn(logits, active)
         for index, draft in enumerate(active):
-            draft.tokens.append(-1 - len(drawn) - index)
-            draft.rows.append(CERTAIN if draft.is_greedy else num_rows)
-            num_rows += not draft.is_greedy
+            num_rows = draft.take(-1 - len(drawn) - index, num_rows)
         probs.append(q)
         drawn = torch.cat([drawn, tokens])
         active = [draft for draft in active if len(draft.tokens) < draft.limit]
@@ -69,39 +66,36 @@ def draft_ahead(runner: ModelRunner, drafts: Sequence[Draft], logits: Tensor) ->
 def _drawn(logits: Tensor, drafts: Sequence[Draft]) -> tuple[Tensor, Tensor]:
     """A token per row of logits [drafts, vocab_size], [drafts] int64, and the q of those not drawn greedily."""
     rows = [draft.state.sampling_row(draft.tokens) for draft in drafts]
-    tokens = torch.empty(len(drafts), dtype=torch.int64, device=logits.device)
     greedy = [i for i, draft in enumerate(drafts) if draft.is_greedy]
     sampled = [i for i, draft in enumerate(drafts) if not draft.is_greedy]
+    parts: list[tuple[list[int], Tensor]] = []
+    q = NO_PROBS
     if greedy:
-        scores = adjusted_logits(_rows(logits, greedy), [rows[i] for i in greedy])
-        tokens = tokens.index_copy(0, upload(greedy, torch.int64, logits.device), scores.argmax(dim=1))
-    if not sampled:
-        return tokens, NO_PROBS
-    q = probabilities(_rows(logits, sampled), [rows[i] for i in sampled])
-    # a draft whose logits overflow must cost acceptance, not correctness: its token is drawn uniformly
-    q = torch.where(q.isnan(), 1.0 / q.shape[1], q)
-    racing = [at for at, i in enumerate(sampled) if drafts[i].state.coupling is Coupling.DRAFTER_INVARIANT]
-    others = [at for at, i in enumerate(sampled) if drafts[i].state.coupling is not Coupling.DRAFTER_INVARIANT]
-    for members in filter(None, (racing, others)):
-        own = [drafts[sampled[at]] for at in members]
-        keys = as_key_tensor([draft.state.key for draft in own], q.device)
-        ahead = [draft.state.num_output_tokens + len(draft.tokens) for draft in own]
-        positions = upload(ahead, torch.int64, q.device)
-        mine = _rows(q, members)
-        picks = (
-            keyed_race(mine, keys, positions)
-            if members is racing
-            else draw(mine, uniforms(keys, positions, Purpose.DRAFT))
-        )
-        tokens = tokens.index_copy(0, upload([sampled[at] for at in members], torch.int64, q.device), picks)
-    return tokens, q
+        scores = adjusted_logits(select_rows(logits, greedy), [rows[i] for i in greedy])
+        parts.append((greedy, scores.argmax(dim=1)))
+    if sampled:
+        q = probabilities(select_rows(logits, sampled), [rows[i] for i in sampled])
+        # a draft whose logits overflow must cost acceptance, not correctness: its token is drawn uniformly
+        q = torch.where(q.isnan(), 1.0 / q.shape[1], q)
+        parts.append((sampled, sample(q, [drafts[i] for i in sampled])))
+    return in_order(parts), q
 
 
-def _rows(logits: Tensor, indices: list[int]) -> Tensor:
-    """These rows, in ascending order; without a copy if they are all."""
-    return (
-        logits if len(indices) == len(logits) else logits.index_select(0, upload(indices, torch.int64, logits.device))
-    )
+def sample(q: Tensor, drafts: Sequence[Draft]) -> Tensor:
+    """Draw one token per row of q [drafts, vocab_size], each by its sequence's coupling: [drafts] int64."""
+    racing = [i for i, draft in enumerate(drafts) if draft.state.coupling is Coupling.DRAFTER_INVARIANT]
+    others = [i for i, draft in enumerate(drafts) if draft.state.coupling is not Coupling.DRAFTER_INVARIANT]
+    parts: list[tuple[list[int], Tensor]] = []
+    for members, pick in ((racing, keyed_race), (others, _draw_by_key)):
+        if members:
+            keys = as_key_tensor([drafts[i].state.key for i in members], q.device)
+            at = [drafts[i].state.num_output_tokens + len(drafts[i].tokens) for i in members]
+            parts.append((members, pick(select_rows(q, members), keys, upload(at, torch.int64, q.device))))
+    return in_order(parts)
+
+
+def _draw_by_key(q: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+    return draw(q, uniforms(keys, positions, Purpose.DRAFT))
 
 
 Verdicts = dict[int, SequenceVerdict]
@@ -118,52 +112,32 @@ def verify_ahead(
 ) -> Callable[[], tuple[Verdicts, Proposal]]:
     """As `verify`, but only the function it returns waits, and gives the proposal with its tokens known besides."""
     device = logits.device
-    drafts = [proposal.sequences[i].token_ids for i in members]
-    sampling = [states[i].sampling_row(d[:j]) for i, d in zip(members, drafts, strict=True) for j in range(len(d) + 1)]
-    labels = summaries(logits, num_top, sampling) if num_top else ()
+    rows = Rows.of_members(states, proposal, members)
+    labels = summaries(logits, num_top, rows.sampling) if num_top else ()
     finite = (labels[2] if labels else logits.max(dim=1).values).isfinite()
-    ends = accumulate(len(d) + 1 for d in drafts)
-    rows_of = {i: range(end - len(d) - 1, end) for i, d, end in zip(members, drafts, ends, strict=True)}
-    order: list[int] = []
+    judgements = Judgements(rows)
     accepted, final, expected = ([torch.empty(0, dtype=torch.int64, device=device)] for _ in range(3))
-    probs: dict[int, Tensor] = {}
-    for coupling, own in by_rule(states, members).items():
-        rows = [row for i in own for row in rows_of[i]]
-        verdict = _judged(
+    for coupling, own in rows.rules.items():
+        picked = rows.all_of(own)
+        *verdict, probs = _judged(
             coupling,
             [states[i] for i in own],
-            _rows(logits, rows),
-            [sampling[row] for row in rows],
+            select_rows(logits, picked),
+            [rows.sampling[row] for row in picked],
             proposal.drafted_tokens(own, device),
-            Layout.of([len(proposal.sequences[i].token_ids) for i in own], device),
+            Layout.of([len(rows.of[i]) - 1 for i in own], device),
             with_probs,
         )
-        for each, part in zip((accepted, final, expected), verdict[:3], strict=True):
+        for each, part in zip((accepted, final, expected), verdict, strict=True):
             each.append(part)
-        order += own
-        if with_probs:
-            counts = [len(rows_of[i]) for i in own]
-            probs |= dict(zip(own, torch.split(verdict[3], counts), strict=True))
+        judgements.add(own, probs if with_probs else None)
     known = proposal.drawn if proposal.drawn is not None else torch.empty(0, dtype=torch.int64)
     download = Download(torch.cat(accepted), torch.cat(final), torch.cat(expected), finite, known, *labels)
 
     def collect() -> tuple[Verdicts, Proposal]:
-        counts, tokens, alphas, is_finite, drawn, *rows_kept = download.wait()
-        kept = as_teacher_rows((rows_kept[0], rows_kept[1], rows_kept[2], rows_kept[3]), sampling) if rows_kept else ()
-        good, alpha = is_finite.tolist(), alphas.tolist()
-        verdicts: Verdicts = {}
-        tested = 0
-        for i, count, token in zip(order, counts.tolist(), tokens.tolist(), strict=True):
-            rows, num_drafted = rows_of[i], len(rows_of[i]) - 1
-            verdicts[i] = SequenceVerdict(
-                count,
-                token,
-                tuple(alpha[tested : tested + min(count + 1, num_drafted)]),
-                all(good[row] for row in rows[: count + 1]),
-                tuple(kept[row] for row in rows) if kept else (),
-                probs[i][: count + 1] if with_probs else None,
-            )
-            tested += num_drafted
+        counts, tokens, alphas, is_finite, drawn, *kept = download.wait()
+        named = as_teacher_rows((kept[0], kept[1], kept[2], kept[3]), rows.sampling) if kept else ()
+        verdicts = judgements.verdicts(counts.tolist(), tokens.tolist(), alphas.tolist(), is_finite.tolist(), named)
         return verdicts, proposal.with_known(drawn.tolist())
 
     return collect

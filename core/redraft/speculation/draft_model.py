@@ -8,15 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from redraft.models.runner import Chunk, ModelRunner
-from redraft.sampling.coupling import draw, keyed_race
-from redraft.sampling.params import Coupling
 from redraft.sampling.processors import adjusted_logits, peaks, probabilities, sure_peaks
-from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
-from redraft.speculation.ahead import draft_ahead
+from redraft.speculation.ahead import draft_ahead, sample
 from redraft.speculation.length import PENDING, LengthController
 from redraft.speculation.proposer import (
     CERTAIN,
@@ -28,6 +24,7 @@ from redraft.speculation.proposer import (
     nothing_proposed,
 )
 from redraft.speculation.state import SequenceState
+from redraft.transfer import select_rows
 
 
 class DraftModelProposer:
@@ -96,9 +93,7 @@ class DraftModelProposer:
                 self.length.draft_cost.observe(len(active), time.perf_counter() - started)
             active = found.drafts
             for draft, token in zip(active, found.tokens, strict=True):
-                draft.tokens.append(token)
-                draft.rows.append(CERTAIN if draft.is_greedy else num_rows)
-                num_rows += not draft.is_greedy
+                num_rows = draft.take(token, num_rows)
             probs.append(found.q)
             count = len(active)
             active = [d for d in active if len(d.tokens) < d.limit and self._is_worth_a_pass(d, count)]
@@ -199,6 +194,12 @@ class Draft:
     def is_greedy(self) -> bool:
         return self.state.params.is_greedy
 
+    def take(self, token: int, row: int) -> int:
+        """Add a token, drawn from row `row` of the probabilities unless it is certain; returns the next free row."""
+        self.tokens.append(token)
+        self.rows.append(CERTAIN if self.is_greedy else row)
+        return row if self.is_greedy else row + 1
+
     def next_chunk(self) -> Chunk:
         """The last token, for the pass that gives the next."""
         return Chunk(self.tokens[-1:], len(self.state.token_ids) + len(self.tokens) - 1, self.state.block_ids)
@@ -229,11 +230,11 @@ def _draw(logits: Tensor, drafts: Sequence[Draft], is_worth: Callable[[Draft, fl
     choice: dict[int, int] = {}
     q = NO_PROBS
     if greedy:
-        scores = adjusted_logits(_rows(logits, greedy), [rows[i] for i in greedy])
+        scores = adjusted_logits(select_rows(logits, greedy), [rows[i] for i in greedy])
         for i, sure, token in zip(greedy, *sure_peaks(scores), strict=True):
             sureness[i], choice[i] = 0.0 if math.isnan(sure) else sure, token
     if sampled:
-        q = probabilities(_rows(logits, sampled), [rows[i] for i in sampled])
+        q = probabilities(select_rows(logits, sampled), [rows[i] for i in sampled])
         for at, (i, sure) in enumerate(zip(sampled, peaks(q)[0], strict=True)):
             sureness[i] = sure
             if math.isnan(sure):
@@ -242,32 +243,8 @@ def _draw(logits: Tensor, drafts: Sequence[Draft], is_worth: Callable[[Draft, fl
     kept = [i for i, draft in enumerate(drafts) if is_worth(draft, sureness[i])]
     if sampled:
         among = [at for at, i in enumerate(sampled) if i in kept]
-        q = _rows(q, among)
+        q = select_rows(q, among)
         drawing = [drafts[sampled[at]] for at in among]
         if drawing:
-            choice |= {sampled[at]: token for at, token in zip(among, _sample(q, drawing), strict=True)}
+            choice |= {sampled[at]: token for at, token in zip(among, sample(q, drawing).tolist(), strict=True)}
     return _Drawn([drafts[i] for i in kept], [choice[i] for i in kept], q)
-
-
-def _rows(logits: Tensor, indices: list[int]) -> Tensor:
-    """These rows, in ascending order; without a copy if they are all."""
-    return logits if len(indices) == len(logits) else logits[indices]
-
-
-def _sample(q: Tensor, drafts: Sequence[Draft]) -> list[int]:
-    """Draw one token per row of q [drafts, vocab_size], each by its sequence's coupling."""
-    tokens = [0] * len(drafts)
-    racing = [i for i, draft in enumerate(drafts) if draft.state.coupling is Coupling.DRAFTER_INVARIANT]
-    drawing = [i for i, draft in enumerate(drafts) if draft.state.coupling is not Coupling.DRAFTER_INVARIANT]
-    for members, pick in ((racing, keyed_race), (drawing, _drawn)):
-        if members:
-            keys = as_key_tensor([drafts[i].state.key for i in members], q.device)
-            at = [drafts[i].state.num_output_tokens + len(drafts[i].tokens) for i in members]
-            picks = pick(_rows(q, members), keys, torch.tensor(at, device=q.device)).tolist()
-            for i, token in zip(members, picks, strict=True):
-                tokens[i] = token
-    return tokens
-
-
-def _drawn(q: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-    return draw(q, uniforms(keys, positions, Purpose.DRAFT))

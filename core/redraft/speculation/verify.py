@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from redraft.sampling.processors import SamplingRow, adjusted_logits, peaks, pro
 from redraft.sampling.randomness import Purpose, as_key_tensor, uniforms
 from redraft.speculation.proposer import CERTAIN, Proposal
 from redraft.speculation.state import SequenceState
-from redraft.transfer import upload
+from redraft.transfer import select_rows, upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,76 @@ class _Group:
     choice: list[int]  # the id of each row's largest logit
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which rows of the target's logits are whose.
+
+    Attributes:
+        of: by member, in the order of the rows.
+        sampling: of every row.
+        rules: the members by the rule that verifies them: None at temperature 0, else their coupling.
+    """
+
+    of: dict[int, range]
+    sampling: list[SamplingRow]
+    rules: dict[Coupling | None, list[int]]
+
+    @classmethod
+    def of_members(cls, states: Sequence[SequenceState], proposal: Proposal, members: Sequence[int]) -> Rows:
+        of: dict[int, range] = {}
+        sampling: list[SamplingRow] = []
+        rules: dict[Coupling | None, list[int]] = {}
+        for i in members:
+            draft = proposal.sequences[i].token_ids
+            of[i] = range(len(sampling), len(sampling) + len(draft) + 1)
+            sampling += [states[i].sampling_row(draft[:j]) for j in range(len(draft) + 1)]
+            rules.setdefault(None if states[i].params.is_greedy else states[i].coupling, []).append(i)
+        return cls(of, sampling, rules)
+
+    def all_of(self, members: Sequence[int]) -> list[int]:
+        return [row for i in members for row in self.of[i]]
+
+
+class Judgements:
+    """What the rules have said, group by group; `verdicts` puts it together once all of it is on the host."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._members: list[int] = []
+        self._probs: dict[int, Tensor] = {}
+
+    def add(self, members: Sequence[int], probs: Tensor | None) -> None:
+        """A group that is judged. `probs`: p of its rows, [rows, vocab_size], if anybody needs them."""
+        self._members += members
+        if probs is not None:
+            self._probs |= dict(zip(members, torch.split(probs, [len(self._rows.of[i]) for i in members]), strict=True))
+
+    def verdicts(
+        self,
+        num_accepted: Sequence[int],
+        final_token: Sequence[int],
+        expected: Sequence[float],
+        finite: Sequence[bool],
+        labels: Sequence[TeacherRow],
+    ) -> dict[int, SequenceVerdict]:
+        """By member. The first three are in the order of the groups, the others by row."""
+        result: dict[int, SequenceVerdict] = {}
+        tested = 0
+        for i, count, token in zip(self._members, num_accepted, final_token, strict=True):
+            own = self._rows.of[i]
+            num_drafted = len(own) - 1
+            result[i] = SequenceVerdict(
+                count,
+                token,
+                tuple(expected[tested : tested + min(count + 1, num_drafted)]),
+                all(finite[row] for row in own[: count + 1]),
+                tuple(labels[row] for row in own) if labels else (),
+                self._probs[i][: count + 1] if self._probs else None,
+            )
+            tested += num_drafted
+        return result
+
+
 def verify(
     states: Sequence[SequenceState],
     proposal: Proposal,
@@ -77,55 +146,39 @@ def verify(
         members: indices into `states` and `proposal.sequences`.
         logits: [rows, vocab_size], the members' rows one after another.
         num_top: how many of the largest logits the labels keep; 0: no labels.
+        with_probs: whether verdicts shall have p.
     """
-    drafts = [proposal.sequences[i].token_ids for i in members]
-    sampling = [states[i].sampling_row(d[:j]) for i, d in zip(members, drafts, strict=True) for j in range(len(d) + 1)]
+    rows = Rows.of_members(states, proposal, members)
     # what a step costs here is in passes over [rows, vocab_size]: the one for the labels also finds the largest
-    labels = teacher_rows(logits, num_top, sampling) if num_top else ()
+    labels = teacher_rows(logits, num_top, rows.sampling) if num_top else ()
     if num_top:
         choice, finite = [row.ids[0] for row in labels], [math.isfinite(row.logsumexp) for row in labels]
     else:
-        largest, ids = peaks(logits)
-        choice, finite = ids, [math.isfinite(value) for value in largest]
+        largest, choice = peaks(logits)
+        finite = [math.isfinite(value) for value in largest]
 
-    ends = accumulate(len(d) + 1 for d in drafts)
-    rows_of = {i: range(end - len(d) - 1, end) for i, d, end in zip(members, drafts, ends, strict=True)}
-    result: dict[int, SequenceVerdict] = {}
-    for coupling, own in by_rule(states, members).items():
-        rows = [row for i in own for row in rows_of[i]]
+    judgements = Judgements(rows)
+    accepted: list[int] = []
+    final: list[int] = []
+    expected: list[float] = []
+    for coupling, own in rows.rules.items():
+        picked = rows.all_of(own)
         group = _Group(
             own,
             [proposal.sequences[i].token_ids for i in own],
-            logits if len(rows) == len(logits) else logits[rows],
-            [sampling[row] for row in rows],
-            [choice[row] for row in rows],
+            select_rows(logits, picked),
+            [rows.sampling[row] for row in picked],
+            [choice[row] for row in picked],
         )
         if coupling is None:
             verdict, alphas, probs = _judge_greedy(group, proposal, with_probs)
         else:
             verdict, alphas, probs = _judge_sampled(coupling, group, proposal, states)
-        tested = start = 0
-        for i, d, count, token in zip(own, group.drafts, verdict.num_accepted, verdict.final_token, strict=True):
-            rests_on = rows_of[i][: count + 1]
-            result[i] = SequenceVerdict(
-                count,
-                token,
-                tuple(alphas[tested : tested + min(count + 1, len(d))]),
-                all(finite[row] for row in rests_on),
-                tuple(labels[row] for row in rows_of[i]) if labels else (),
-                None if probs is None else probs[start : start + count + 1],
-            )
-            tested += len(d)
-            start += len(d) + 1
-    return result
-
-
-def by_rule(states: Sequence[SequenceState], members: Sequence[int]) -> dict[Coupling | None, list[int]]:
-    """The members by the rule that verifies them: None at temperature 0, else their coupling."""
-    rules: dict[Coupling | None, list[int]] = {}
-    for i in members:
-        rules.setdefault(None if states[i].params.is_greedy else states[i].coupling, []).append(i)
-    return rules
+        judgements.add(own, probs if with_probs else None)
+        accepted += verdict.num_accepted
+        final += verdict.final_token
+        expected += alphas
+    return judgements.verdicts(accepted, final, expected, finite, labels)
 
 
 def row_keys(states: Sequence[SequenceState], num_drafts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

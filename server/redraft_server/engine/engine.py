@@ -245,7 +245,6 @@ class Engine:
     def _step(self, scheduled: list[Scheduled]) -> None:
         """One step. What everybody is to hear of the one before they hear while a GPU is at this one's work."""
         if not scheduled:
-            self._tell()
             return
         prompt_starts = [s.work.state.num_computed for s in scheduled]
         now = self._clock()
